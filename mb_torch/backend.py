@@ -1,0 +1,177 @@
+"""What a backend must provide, and how one is found by name.
+
+A backend is an object held by one `ModelBatch`, never a process-wide switch, so batches on different backends live in
+one script. This file imports no backend: each is loaded from its registered path at first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mb_torch.errors import InvalidInput
+from mb_torch.random_streams import RandomStreams
+from mb_torch.state import StackedState
+
+if TYPE_CHECKING:
+    from mb_torch.amp import GradScaler
+
+ENVIRONMENT_VARIABLE = "MODELBATCH_BACKEND"
+DEFAULT_BACKEND = "torch"
+
+_REGISTRY: dict[str, str] = {"torch": "mb_torch.vmap.engine:VmapBackend"}
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What callers may ask of a backend; they test a flag, never the backend's name.
+
+    Attributes:
+        torch_compile: ``enable_compile`` has an effect.
+        ragged_rows: Models may have different numbers of real rows in one batch.
+    """
+
+    torch_compile: bool = False
+    ragged_rows: bool = False
+
+
+@dataclass
+class BatchSpec:
+    """Everything a backend is made from.
+
+    Attributes:
+        prototype: The definition, one model on the meta device. Its ``training`` flags and settings are live.
+        state: The stacked parameters and buffers.
+        num_models: How many models there are.
+        chunk_size: At most so many models run at once; None is all of them.
+        streams: Per-model random streams, or None for torch's global generator.
+    """
+
+    prototype: nn.Module
+    state: StackedState
+    num_models: int
+    chunk_size: int | None = None
+    streams: RandomStreams | None = None
+
+
+@dataclass
+class StepSpec:
+    """A training step over one or more batches of equally many models; the arguments of `make_joint_step`.
+
+    Attributes:
+        loss_fn: ``loss_fn(*models, inputs, targets, **loss_args, **shared_args)`` for one model of each batch.
+        optimizers: One per batch; None leaves that batch untrained.
+        loss_args: ``[num_models, ...]`` tensors, one entry per model; live.
+        shared_args: The same for every model; live.
+        clip_norm: Largest gradient norm, one number or ``[num_models]``; None does not clip.
+        accumulate: How many calls make one update.
+        active: ``[num_models]`` bool; the others are frozen wholly. None is all; live.
+        scaler: Loss scaling for float16.
+        aux: Whether ``loss_fn`` returns ``(loss, aux)``.
+        shared_input: Whether all models get the same inputs.
+    """
+
+    loss_fn: Callable[..., Any]
+    optimizers: Sequence[torch.optim.Optimizer | None]
+    loss_args: dict[str, Tensor] = field(default_factory=dict)
+    shared_args: dict[str, Any] = field(default_factory=dict)
+    clip_norm: float | Tensor | None = None
+    accumulate: int = 1
+    active: Tensor | None = None
+    scaler: GradScaler | torch.amp.GradScaler | None = None
+    aux: bool = False
+    shared_input: bool = True
+
+
+class Step(Protocol):
+    """A training step; `mb_torch.TrainStep` wraps it for users."""
+
+    def __call__(self, inputs: Any, targets: Any, *, shared_targets: bool) -> tuple[Tensor, Any]:
+        """Run one step; return the losses ``[num_models]``, detached, and what the loss returned besides."""
+
+    def run(self, batches: Sequence[tuple[Any, Any]], *, shared_targets: bool) -> tuple[Tensor, Any]:
+        """Run one step per batch; return losses ``[steps, num_models]`` and the last step's aux."""
+
+    def flush(self) -> None:
+        """Make an update of gradients accumulated so far, if there are any."""
+
+
+class Backend(Protocol):
+    """Runs the models of one batch. Tensors in and out are torch tensors; leading axis ``num_models``."""
+
+    name: str
+    capabilities: Capabilities
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, per_model: bool) -> Any:
+        """Run all models; ``per_model`` says that every tensor leaf has a leading model axis."""
+
+    def losses(
+        self,
+        loss_fn: Callable[..., Tensor],
+        outputs: Any,
+        targets: Any,
+        *,
+        shared_targets: bool,
+    ) -> Tensor:
+        """Evaluate one loss per model, ``[num_models]``, each on its real rows only."""
+
+    def make_optimizer(
+        self, optimizer_cls: type[torch.optim.Optimizer], configs: Sequence[Mapping[str, Any]]
+    ) -> torch.optim.Optimizer:
+        """Return an optimizer with one live parameter group per model."""
+
+    def make_step(self, spec: StepSpec, backends: Sequence[Backend]) -> Step:
+        """Return a fused training step over the batches of ``backends``, this one among them."""
+
+    def enable_compile(self, **kwargs: Any) -> None:
+        """Compile the vectorised function from now on."""
+
+    def report(self) -> dict[str, Any]:
+        """Say how the models are run."""
+
+
+def register_backend(name: str, path: str) -> None:
+    """Make a backend known under a name.
+
+    Args:
+        name: What users pass as ``backend=``.
+        path: ``"package.module:attribute"``, a callable ``(BatchSpec) -> Backend``; imported at first use.
+
+    Example:
+        >>> register_backend("torch", "mb_torch.vmap.engine:VmapBackend")
+    """
+    if path.count(":") != 1:
+        raise InvalidInput(f"backend {name!r}", received=repr(path), expected="'package.module:attribute'")
+    _REGISTRY[name] = path
+
+
+def available_backends() -> list[str]:
+    """Names that ``backend=`` accepts.
+
+    Example:
+        >>> "torch" in available_backends()
+        True
+    """
+    return sorted(_REGISTRY)
+
+
+def resolve_backend_name(name: str | None) -> str:
+    """Return the backend to use: the given name, else ``$MODELBATCH_BACKEND``, else ``"torch"``."""
+    source = "backend=" if name is not None else f"environment variable {ENVIRONMENT_VARIABLE}"
+    chosen = name or os.environ.get(ENVIRONMENT_VARIABLE) or DEFAULT_BACKEND
+    if chosen not in _REGISTRY:
+        raise InvalidInput(source, received=repr(chosen), expected=f"one of {available_backends()}")
+    return chosen
+
+
+def create_backend(name: str, spec: BatchSpec) -> Backend:
+    """Load the named backend and make one for the given models."""
+    module, _, attribute = _REGISTRY[name].partition(":")
+    factory: Callable[[BatchSpec], Backend] = getattr(importlib.import_module(module), attribute)
+    return factory(spec)

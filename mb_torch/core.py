@@ -1,0 +1,561 @@
+"""`ModelBatch`: many independent models of one architecture, run and trained at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from mb_torch.backend import Backend, BatchSpec, create_backend, resolve_backend_name
+from mb_torch.clipping import clip_gradients_
+from mb_torch.errors import InvalidInput, InvalidState
+from mb_torch.files import load_states, save_states
+from mb_torch.random_streams import RandomStreams
+from mb_torch.routed import RoutedTensor, rows_from_weights, rows_of
+from mb_torch.state import (
+    ModelState,
+    StackBuilder,
+    StackedState,
+    load_model_states,
+    materialise,
+    model_states,
+    select_models,
+)
+from mb_torch.targets import batch_length, loss_accepts, targets_are_shared
+from mb_torch.train_step import TrainStep, make_joint_step
+
+_LEFT_OUT: Any = object()
+
+
+class ModelBatch(nn.Module):
+    """Many independent models of one architecture that run and train at once.
+
+    Model *i* of a batch ends where it would have ended alone: outputs, gradients, buffers and optimizer state are
+    those of plain PyTorch, and nothing one model does touches another. The source models are copied, not kept:
+    memory is one stacked copy.
+
+    Args:
+        models: Models of one class tree, with equal shapes, dtypes, ``requires_grad`` and settings. Their values may
+            differ. Tied parameters stay tied, frozen ones stay frozen.
+        shared_input: Whether all models get the same inputs ``[batch, ...]``. Otherwise every tensor given to
+            `forward` is ``[num_models, batch, ...]``.
+        backend: ``"torch"``, or the name of another registered backend. Default: ``$MODELBATCH_BACKEND``, else
+            ``"torch"``.
+        seeds: One integer per model. The randomness of model *i* then depends on ``seeds[i]`` and on how often it
+            has drawn, and not on the models beside it. Covers the dropout family, ``rand``, ``randn``, ``bernoulli``,
+            ``multinomial`` and their ``_like`` forms; any other random operation raises. Default: torch's global
+            generator, with draws that differ between models.
+        chunk_size: Run at most this many models at a time. In `make_train_step` and without gradients this bounds
+            the memory for activations. Default: all at once.
+        device: Where to put the stacks. Default: where the models are.
+        ignore: Names of settings that may differ between the models; model 0's is used for all.
+
+    Attributes:
+        num_models: How many models there are.
+        shared_input: As given.
+        stack: The module tree that holds the stacked tensors under the models' own names.
+        prototype: The definition of the models, on the meta device. Changes to its settings (and ``train()`` or
+            ``eval()`` of its submodules) act on all models.
+        streams: Seeds and steps of the models' random streams; None without ``seeds``.
+        latest_losses: Losses of the last `compute_loss`, ``[num_models]``, detached; None before the first.
+
+    Raises:
+        InvalidInput: No models, or arguments of the wrong kind.
+        IncompatibleModels: Names the model and the first difference to model 0.
+
+    Example:
+        >>> models = [nn.Linear(4, 2) for _ in range(3)]
+        >>> mb = ModelBatch(models)
+        >>> outputs = mb(torch.randn(8, 4))
+        >>> outputs.shape
+        torch.Size([3, 8, 2])
+        >>> loss = mb.compute_loss(outputs, torch.zeros(8, 2), nn.functional.mse_loss, reduction="sum")
+        >>> loss.backward()
+        >>> mb.stacked_params["weight"].grad.shape
+        torch.Size([3, 2, 4])
+    """
+
+    stack: nn.Module
+    streams: RandomStreams | None
+
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        shared_input: bool = True,
+        *,
+        backend: str | None = None,
+        seeds: Sequence[int] | Tensor | None = None,
+        chunk_size: int | None = None,
+        device: torch.device | str | None = None,
+        ignore: Collection[str] = (),
+    ) -> None:
+        name = resolve_backend_name(backend)
+        models = list(models)
+        if not models:
+            raise InvalidInput("ModelBatch", received="no models", expected="at least one")
+        builder = StackBuilder(models[0], len(models), device=device, ignore=ignore)
+        for model in models:
+            builder.add(model)
+        streams = None if seeds is None else RandomStreams(seeds, len(models))
+        self._set_up(name, *builder.finish(), len(models), shared_input, chunk_size, streams)
+
+    def _set_up(
+        self,
+        backend: str,
+        prototype: nn.Module,
+        state: StackedState,
+        num_models: int,
+        shared_input: bool,
+        chunk_size: int | None,
+        streams: RandomStreams | None,
+    ) -> None:
+        super().__init__()
+        if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+            raise InvalidInput("chunk_size", received=repr(chunk_size), expected="a positive integer or None")
+        self.num_models = num_models
+        self.shared_input = shared_input
+        self.stack = state.tree
+        self.streams = streams
+        self.training = prototype.training
+        self.latest_losses: Tensor | None = None
+        # Not a submodule: it would show up in parameters() and state_dict().
+        self._spec = BatchSpec(prototype, state, num_models, chunk_size, streams)
+        self.backend: Backend = create_backend(backend, self._spec)
+
+    @classmethod
+    def from_factory(
+        cls, factory: Callable[[], nn.Module], seeds: Sequence[int], shared_input: bool = True, **options: Any
+    ) -> ModelBatch:
+        """Build a batch model by model, so that no more than one model exists beside the stacks.
+
+        Args:
+            factory: Makes one model. It is called once per seed, after ``torch.manual_seed(seed)``; the global
+                generator is put back afterwards.
+            seeds: One per model, for the initial weights. They also become the models' random streams (``seeds=``
+                of the constructor); pass ``seeds=None`` in ``options`` for torch's global generator.
+            shared_input: As in the constructor.
+            **options: Other keyword arguments of the constructor.
+
+        Returns:
+            A batch of ``len(seeds)`` models.
+
+        Example:
+            >>> ModelBatch.from_factory(lambda: nn.Linear(4, 2), seeds=range(100)).num_models
+            100
+        """
+        seeds = list(seeds)
+        if not seeds:
+            raise InvalidInput("from_factory", received="no seeds", expected="at least one")
+        name = resolve_backend_name(options.pop("backend", None))
+        stream_seeds = options.pop("seeds", seeds)
+        streams = None if stream_seeds is None else RandomStreams(stream_seeds, len(seeds))
+        chunk_size = options.pop("chunk_size", None)
+        builder: StackBuilder | None = None
+        with torch.random.fork_rng():
+            for seed in seeds:
+                torch.manual_seed(seed)
+                model = factory()
+                builder = builder or StackBuilder(model, len(seeds), **options)
+                builder.add(model)
+        assert builder is not None
+        batch = cls.__new__(cls)
+        batch._set_up(name, *builder.finish(), len(seeds), shared_input, chunk_size, streams)
+        return batch
+
+    @property
+    def prototype(self) -> nn.Module:
+        """The definition of the models, on the meta device."""
+        return self._spec.prototype
+
+    @property
+    def stacked_params(self) -> dict[str, nn.Parameter]:
+        """Each parameter once, by its (first) name in a model: ``[num_models, ...]``."""
+        return self._spec.state.parameters
+
+    @property
+    def stacked_buffers(self) -> dict[str, Tensor]:
+        """Each buffer once, by its (first) name in a model: ``[num_models, ...]``."""
+        return self._spec.state.buffers
+
+    def forward(self, inputs: Any = _LEFT_OUT, *args: Any, **kwargs: Any) -> Any:
+        """Run all models.
+
+        Args:
+            inputs: The models' first argument, a tensor or a pytree of tensors: ``[batch, ...]`` if
+                ``shared_input``, else ``[num_models, batch, ...]``. Leave it out for models that take keywords only.
+            *args: More positional arguments of the models; tensors as for ``inputs``.
+            **kwargs: Keyword arguments of the models; tensors as for ``inputs``.
+
+        Returns:
+            What a model returns, every tensor with a leading model axis: ``[num_models, batch, ...]``. Outputs of
+            routed inputs are padded like them and know their real rows.
+
+        Raises:
+            InvalidInput: A per-model input lacks the leading model axis.
+
+        Example:
+            >>> ModelBatch([nn.Linear(4, 2), nn.Linear(4, 2)])(torch.randn(8, 4)).shape
+            torch.Size([2, 8, 2])
+        """
+        positional = args if inputs is _LEFT_OUT else (inputs, *args)
+        self.check_inputs((positional, kwargs))
+        return self.backend.forward(positional, kwargs, per_model=not self.shared_input)
+
+    def check_inputs(self, inputs: Any) -> None:
+        """Raise `InvalidInput` unless the inputs agree with ``shared_input``."""
+        if self.shared_input:
+            if rows_of(inputs) is not None or _any_routed(inputs):
+                raise InvalidInput(
+                    "routed inputs have one set of rows per model, but this batch has shared_input=True",
+                    fix="Build it with ModelBatch(models, shared_input=False).",
+                )
+            return
+        for path, leaf in pytree.tree_leaves_with_path(inputs):
+            if isinstance(leaf, Tensor) and (leaf.dim() == 0 or leaf.shape[0] != self.num_models):
+                raise InvalidInput(
+                    f"input {pytree.keystr(path)} with shared_input=False",
+                    received=f"shape {tuple(leaf.shape)}",
+                    expected=f"[{self.num_models}, batch, ...]",
+                    fix="Give every model its own: for a shared tensor t, t.expand(num_models, *t.shape).",
+                )
+
+    def compute_loss(
+        self,
+        outputs: Any,
+        targets: Any,
+        loss_fn: Callable[..., Tensor],
+        reduction: Literal["mean", "sum", "none"] = "mean",
+        *,
+        shared_targets: bool | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """Evaluate ``loss_fn`` for every model.
+
+        With ``reduction="mean"`` the result is a true mean, so each model's gradient is ``1 / num_models`` of what it
+        would get alone. Use ``"sum"`` to train every model exactly as if alone.
+
+        Args:
+            outputs: What `forward` returned: ``[num_models, batch, ...]``.
+            targets: ``[batch, ...]`` for all models, or ``[num_models, batch, ...]``; told apart by shape and, where
+                both fit, by what the loss accepts.
+            loss_fn: ``loss_fn(outputs_i, targets_i)`` for one model; returns one number. Padded rows of routed
+                tensors are never given to it; a model without any real row has loss 0.
+            reduction: ``"mean"`` or ``"sum"`` over the models, or ``"none"``.
+            shared_targets: Says which of the two the targets are; default: decided by shape.
+            weights: ``[num_models, batch]``, 1 for real rows and 0 for padding, as `DataRouter.route_batch` returns
+                them. Not needed where outputs or targets are routed tensors.
+
+        Returns:
+            0-dim, or ``[num_models]`` with ``reduction="none"``.
+
+        Raises:
+            InvalidInput: The targets fit no shape or both, the loss does not return one value per model, or the
+                reduction is unknown.
+
+        Example:
+            >>> mb = ModelBatch([nn.Linear(4, 3) for _ in range(5)])
+            >>> outputs, labels = mb(torch.randn(8, 4)), torch.randint(0, 3, (8,))
+            >>> mb.compute_loss(outputs, labels, nn.functional.cross_entropy, reduction="none").shape
+            torch.Size([5])
+        """
+        if reduction not in ("mean", "sum", "none"):
+            raise InvalidInput("reduction", received=repr(reduction), expected="'mean', 'sum' or 'none'")
+        if weights is not None:
+            outputs, targets = self._with_rows((outputs, targets), weights)
+        if shared_targets is None:
+            first = pytree.tree_map(lambda leaf: leaf[0] if isinstance(leaf, Tensor) else leaf, outputs)
+            shared_targets = targets_are_shared(
+                targets,
+                num_models=self.num_models,
+                batch=batch_length(outputs, model_axis=True),
+                loss_fits=loss_accepts(loss_fn, first),
+            )
+        if shared_targets and rows_of(outputs) is not None:
+            raise InvalidInput(
+                "the outputs belong to routed inputs, but the targets are shared",
+                fix="Route the targets too: route_batch(inputs, masks=..., targets=targets).",
+            )
+        losses = self.backend.losses(loss_fn, outputs, targets, shared_targets=shared_targets)
+        self.latest_losses = losses.detach()
+        if reduction == "none":
+            return losses
+        return losses.mean() if reduction == "mean" else losses.sum()
+
+    def _with_rows(self, trees: Any, weights: Tensor) -> Any:
+        rows = rows_from_weights(weights)
+        if rows is None:
+            return trees
+
+        def with_rows(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor) and leaf.dim() >= 2 and leaf.shape[:2] == weights.shape:
+                return RoutedTensor.wrap(leaf, rows)
+            return leaf
+
+        return pytree.tree_map(with_rows, trees)
+
+    def make_train_step(
+        self,
+        loss_fn: Callable[..., Any],
+        optimizer: torch.optim.Optimizer,
+        *,
+        loss_args: Mapping[str, Tensor] | None = None,
+        shared_args: Mapping[str, Any] | None = None,
+        clip_norm: float | Tensor | None = None,
+        accumulate: int = 1,
+        active: Tensor | None = None,
+        scaler: Any = None,
+        aux: bool = False,
+        shared_targets: bool | None = None,
+    ) -> TrainStep:
+        """Return ``step(inputs, targets) -> losses``: forward, loss, backward, clipping and update in one go.
+
+        Model *i* is trained on ``loss_fn(outputs_i, targets_i, **loss_args_i, **shared_args)``, exactly as if alone.
+        The arguments, and what the step can do besides, are described at `mb_torch.make_joint_step`.
+
+        Example:
+            >>> mb = ModelBatch([nn.Linear(4, 1) for _ in range(3)])
+            >>> optimizer = torch.optim.SGD(mb.parameters(), lr=0.1)
+            >>> step = mb.make_train_step(nn.functional.mse_loss, optimizer)
+            >>> step(torch.randn(8, 4), torch.zeros(8, 1)).shape
+            torch.Size([3])
+        """
+        return make_joint_step(
+            [self],
+            _PlainLoss(loss_fn),
+            [optimizer],
+            loss_args=loss_args,
+            shared_args=shared_args,
+            clip_norm=clip_norm,
+            accumulate=accumulate,
+            active=active,
+            scaler=scaler,
+            aux=aux,
+            shared_targets=shared_targets,
+        )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of all parameters.
+
+        Args:
+            set_to_none: Drop the gradient tensors; otherwise fill them with zeros.
+        """
+        super().zero_grad(set_to_none=set_to_none)
+
+    def clip_grad_norm_(
+        self,
+        max_norm: float | Tensor,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+    ) -> Tensor:
+        """Clip each model's gradient by its own norm, in place.
+
+        (``torch.nn.utils.clip_grad_norm_(mb.parameters(), ...)`` would mix the models: one exploding gradient would
+        shrink all others.)
+
+        Args:
+            max_norm: Largest norm, one for all models or ``[num_models]``.
+            norm_type: Order of the norm; ``inf`` for the largest absolute value.
+            error_if_nonfinite: Raise instead of scaling if a model's norm is NaN or infinite.
+
+        Returns:
+            The norms before clipping, ``[num_models]``.
+
+        Raises:
+            InvalidInput: ``error_if_nonfinite`` and a norm is not finite; names the models.
+
+        Example:
+            >>> mb = ModelBatch([nn.Linear(1, 1, bias=False) for _ in range(2)])
+            >>> mb.stacked_params["weight"].grad = torch.tensor([[[8.0]], [[0.5]]])
+            >>> mb.clip_grad_norm_(1.0)
+            tensor([8.0000, 0.5000])
+        """
+        grads = [p.grad for p in self.stacked_params.values() if p.grad is not None]
+        if not grads:
+            return torch.zeros(self.num_models)
+        if error_if_nonfinite:
+            finite = torch.stack([torch.isfinite(g).reshape(len(g), -1).all(1) for g in grads]).all(0)
+            if not finite.all():
+                bad = (~finite).nonzero().flatten().tolist()
+                raise InvalidInput(f"the gradient norm of models {bad} is not finite")
+        return clip_gradients_(grads, max_norm, norm_type)
+
+    def model(self, index: int) -> nn.Module:
+        """Return a plain module with a copy of one model's weights and buffers.
+
+        Args:
+            index: Which model; negative numbers count from the end.
+
+        Example:
+            >>> mb = ModelBatch([nn.Linear(4, 2) for _ in range(3)])
+            >>> type(mb.model(1)).__name__
+            'Linear'
+        """
+        tensors = self._spec.state.model_tensors(self._index(index))
+        return materialise(self.prototype, {name: tensor.clone() for name, tensor in tensors.items()})
+
+    def select(self, indices: Sequence[int] | Tensor) -> ModelBatch:
+        """Return a new batch with copies of some models, in the given order.
+
+        Args:
+            indices: Which models; a list of integers, an integer tensor or a ``[num_models]`` bool mask.
+
+        Returns:
+            A batch of ``len(indices)`` models with the same options; random streams go along.
+
+        Example:
+            >>> ModelBatch([nn.Linear(4, 2) for _ in range(3)]).select([2, 0]).num_models
+            2
+        """
+        given = torch.as_tensor(indices)
+        if given.dtype == torch.bool and given.shape == (self.num_models,):
+            given = given.nonzero().flatten()
+        if given.dtype == torch.bool or given.is_floating_point() or given.dim() != 1 or not len(given):
+            raise InvalidInput(
+                "select",
+                received=repr(indices),
+                expected=f"model numbers or a bool mask of length {self.num_models}",
+            )
+        chosen = torch.tensor([self._index(i) for i in given.tolist()])
+        prototype = materialise(self.prototype, _placeholders(self.prototype))
+        batch = type(self).__new__(type(self))
+        streams = None if self.streams is None else self.streams.select(chosen)
+        state = select_models(self._spec.state, self.prototype, chosen)
+        batch._set_up(
+            self.backend.name,
+            prototype,
+            state,
+            len(chosen),
+            self.shared_input,
+            self._spec.chunk_size,
+            streams,
+        )
+        batch.training = self.training
+        return batch
+
+    def copy_model(self, source: int, destination: int) -> None:
+        """Overwrite one model's weights and buffers with another's, as in population based training.
+
+        Optimizer state stays; to copy it too, see ``optimizer.model_state_dict``. Random streams stay each model's own.
+
+        Args:
+            source: The model to copy.
+            destination: The model to overwrite.
+        """
+        source, destination = self._index(source), self._index(destination)
+        with torch.no_grad():
+            for tensor in self._spec.state.tensors.values():
+                tensor[destination].copy_(tensor[source])
+
+    def _index(self, index: int) -> int:
+        if isinstance(index, bool) or not -self.num_models <= index < self.num_models:
+            raise InvalidInput("model number", received=repr(index), expected=f"0 to {self.num_models - 1}")
+        return index % self.num_models
+
+    def get_model_states(self) -> list[ModelState]:
+        """Return each model's ``state_dict``, copied: a list of ``num_models``.
+
+        Example:
+            >>> ModelBatch([nn.Linear(4, 2) for _ in range(3)]).get_model_states()[0].keys()
+            dict_keys(['weight', 'bias'])
+        """
+        return model_states(self.prototype, self._spec.state, self.num_models)
+
+    def load_model_states(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        """Load states as `get_model_states` returns them, all or none.
+
+        Args:
+            states: One ``state_dict`` per model, with exactly the model's keys, shapes and dtypes.
+
+        Raises:
+            InvalidState: Names the model and the key; the batch is unchanged.
+        """
+        if len(states) != self.num_models:
+            raise InvalidState(
+                "load_model_states",
+                received=f"{len(states)} states",
+                expected=f"{self.num_models}, one per model",
+            )
+        load_model_states(self.prototype, self._spec.state, states)
+
+    def save_all(self, path: str | os.PathLike[str]) -> None:
+        """Write each model's state to ``path/model_{i}.pt``, each file whole or not at all.
+
+        The files hold plain CPU tensors; ``torch.load(file, weights_only=True)`` opens them.
+
+        Args:
+            path: A folder; made if it does not exist.
+        """
+        save_states(self.get_model_states(), path)
+
+    def load_all(self, path: str | os.PathLike[str]) -> None:
+        """Load states written by `save_all`, all or none.
+
+        Args:
+            path: The folder.
+
+        Raises:
+            MissingState: A file is missing (also a ``FileNotFoundError``).
+            InvalidState: A file is damaged or does not fit; the batch is unchanged.
+        """
+        self.load_model_states(load_states(path, self.num_models))
+
+    def enable_compile(self, **kwargs: Any) -> None:
+        """Compile the vectorised models, and the steps of `make_train_step`, with ``torch.compile``.
+
+        Args:
+            **kwargs: Passed to ``torch.compile``.
+        """
+        self.backend.enable_compile(**kwargs)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the losses of the last `compute_loss` or training step: ``{"loss_model_0": 0.1, ...}``.
+
+        Empty before the first.
+        """
+        if self.latest_losses is None:
+            return {}
+        return {f"loss_model_{i}": loss for i, loss in enumerate(self.latest_losses.tolist())}
+
+    def backend_report(self) -> dict[str, Any]:
+        """Say how the models are run: backend, whether vectorised or one by one and why, compiled or not."""
+        return self.backend.report()
+
+    def train(self, mode: bool = True) -> ModelBatch:
+        """Put all models into training mode (or evaluation mode); returns the batch."""
+        super().train(mode)
+        self.prototype.train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ModelBatch:
+        super()._apply(fn, recurse)
+        self._spec.state.retie_buffers()
+        return self
+
+    def extra_repr(self) -> str:
+        """Show what the batch holds."""
+        return (
+            f"{type(self.prototype).__name__}, num_models={self.num_models}, shared_input={self.shared_input}, "
+            f"backend={self.backend.name!r}"
+        )
+
+
+class _PlainLoss:
+    """A loss of outputs and targets, as a loss that calls the model itself."""
+
+    def __init__(self, plain_loss: Callable[..., Any]) -> None:
+        self.plain_loss = plain_loss
+
+    def __call__(self, model: nn.Module, inputs: Any, targets: Any, **arguments: Any) -> Any:
+        return self.plain_loss(model(inputs), targets, **arguments)
+
+
+def _any_routed(tree: Any) -> bool:
+    return any(isinstance(leaf, RoutedTensor) for leaf in pytree.tree_leaves(tree))
+
+
+def _placeholders(prototype: nn.Module) -> dict[str, Tensor]:
+    return {**dict(prototype.named_parameters()), **dict(prototype.named_buffers())}

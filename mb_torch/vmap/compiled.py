@@ -1,0 +1,75 @@
+"""Runs a vectorised function through ``torch.compile``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from mb_torch.vmap.definition import Definition
+from mb_torch.vmap.mapping import ModelMap, Trace
+
+T = TypeVar("T")
+
+
+class CompiledFunction(Generic[T]):
+    """A compiled function of all models that knows the form of its results.
+
+    A compiled function gives back tensors only. What else a run shows (the structure of the results, which buffers
+    were replaced, whether random numbers were drawn) comes from one dry run per form of the arguments, which leaves
+    buffers and the random generators as they were.
+
+    Args:
+        models: The map whose trace is to be kept right.
+        function: What to compile.
+        options: Keyword arguments of ``torch.compile``.
+    """
+
+    def __init__(self, models: ModelMap, function: Callable[..., Any], options: dict[str, Any]) -> None:
+        self._models = models
+        self._function = torch.compile(function, **options)
+        self._known: dict[Any, tuple[Trace, T]] = {}
+
+    def ready(self, trees: tuple[Any, ...], dry_run: Callable[[], T]) -> T:
+        """Set the map's trace for these arguments; return what ``dry_run`` returned when their form was new."""
+        form = _form(self._models.definitions, trees)
+        if form not in self._known:
+            with _unchanged(self._models.definitions):
+                result = dry_run()
+            assert self._models.trace is not None
+            self._known[form] = self._models.trace, result
+        self._models.trace, result = self._known[form]
+        return result
+
+    def __call__(self, *args: Any) -> Any:
+        """Call the compiled function."""
+        return self._function(*args)
+
+
+def _form(definitions: list[Definition], trees: tuple[Any, ...]) -> Any:
+    leaves, structure = pytree.tree_flatten(trees)
+    constants = tuple(repr(leaf) if not isinstance(leaf, Tensor) else leaf.dim() for leaf in leaves)
+    modes = tuple(module.training for definition in definitions for module in definition.prototype.modules())
+    return str(structure), constants, modes
+
+
+class _unchanged:
+    """Within the block, nothing happens to buffers and random generators that lasts."""
+
+    def __init__(self, definitions: list[Definition]) -> None:
+        self._buffers = [buffer for definition in definitions for buffer in definition.buffers()]
+        tensors = [tensor for definition in definitions for tensor in definition.stacks()]
+        devices = sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
+        self._fork = torch.random.fork_rng(devices=devices)
+
+    def __enter__(self) -> None:
+        self._saved = [buffer.clone() for buffer in self._buffers]
+        self._fork.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        self._fork.__exit__(*exception)
+        for buffer, value in zip(self._buffers, self._saved, strict=True):
+            buffer.copy_(value)

@@ -1,0 +1,175 @@
+"""The fused training step through ``torch.compile``: gradients of all models, and where possible their updates too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mb_torch.clipping import clip_gradients_
+from mb_torch.vmap.compiled import CompiledFunction
+from mb_torch.vmap.mapping import ModelMap, split_leaves
+from mb_torch.vmap.update_rules import UpdateInputs, apply_updates
+from mb_torch.vmap.views import PerModelOptimizer
+
+Place = tuple[int, int]
+"""A trained stack: which definition, and its position among that definition's tensors."""
+
+
+class Job(NamedTuple):
+    """What one pass over the models works on.
+
+    Attributes:
+        stacks: All stacks ``[size, ...]``, per definition.
+        keys: Random keys ``[size]``, or None.
+        trees: Arguments of the loss.
+        dims: What `batch_dims` gives for them.
+        size: How many models there are.
+        scale: Factor of each model's loss ``[size]`` for the backward pass, or None.
+    """
+
+    stacks: list[list[Tensor]]
+    keys: Tensor | None
+    trees: tuple[Any, ...]
+    dims: tuple[int | None, ...]
+    size: int
+    scale: Tensor | None
+
+
+class Result(NamedTuple):
+    """What the loss functions returned, the buffers they replaced, and a gradient per place that has one."""
+
+    outputs: list[Tensor]
+    replaced: list[Tensor]
+    grads: list[Tensor]
+
+
+class CompiledStep:
+    """Losses and gradients, with or without the update, as one compiled graph each.
+
+    Gradients come from ``vmap(grad_and_value(...))``, which dynamo traces without a graph break. That form gives zeros
+    where a parameter does not take part in the loss; plain PyTorch gives None there, and an optimizer must not move
+    such a parameter. A dry run tells which take part.
+
+    Args:
+        models: The loss of one model.
+        options: Keyword arguments of ``torch.compile``.
+    """
+
+    def __init__(self, models: ModelMap, options: dict[str, Any]) -> None:
+        self._models = models
+        self._gradients: CompiledFunction[list[bool]] = CompiledFunction(models, self._differentiate, options)
+        self._training: CompiledFunction[list[bool]] = CompiledFunction(models, self._train, options)
+
+    def gradients(
+        self, job: Job, places: Sequence[Place], dry_run: Callable[[], list[bool]]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
+        """Return outputs, replaced buffers and for each place its gradient, None where it takes no part.
+
+        Args:
+            job: What to work on.
+            places: The trained stacks.
+            dry_run: Says for each place whether it gets a gradient; called once per form of the arguments.
+        """
+        present = self._gradients.ready(job.trees, dry_run)
+        used = _chosen(places, present)
+        plain = [[stack.detach() for stack in own] for own in job.stacks]
+        result: Result = self._gradients(job._replace(stacks=plain), used)
+        grads = iter(result.grads)
+        return (
+            result.outputs,
+            result.replaced,
+            [next(grads) if takes_part else None for takes_part in present],
+        )
+
+    def train(
+        self,
+        job: Job,
+        places: Sequence[Place],
+        optimizers: Sequence[PerModelOptimizer | None],
+        clip_norm: float | Tensor | None,
+        active: Tensor | None,
+        dry_run: Callable[[], list[bool]],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Train the models; return outputs and replaced buffers.
+
+        Args:
+            job: What to work on; the stacks are updated.
+            places: The trained stacks, in the order of the optimizers'.
+            optimizers: One per definition, or None; all of them compilable.
+            clip_norm: As in `mb_torch.make_joint_step`.
+            active: As there.
+            dry_run: As in `gradients`.
+        """
+        present = self._training.ready(job.trees, dry_run)
+        used = _chosen(places, present)
+        takes_part = dict(zip(places, present, strict=True))
+        updates = [
+            optimizer.update_inputs([takes_part[place] for place in places if place[0] == definition])  # type: ignore[attr-defined]
+            for definition, optimizer in enumerate(optimizers)
+            if optimizer is not None
+        ]
+        # The very tensors of the updates: the compiler would copy aliases of inputs that it changes.
+        plain = [[stack.detach() for stack in own] for own in job.stacks]
+        params = (param for inputs in updates for param in inputs.params)
+        for (definition, position), param in zip(used, params, strict=True):
+            plain[definition][position] = param
+        bound = None if clip_norm is None else torch.as_tensor(clip_norm, device=plain[0][0].device)
+        result: Result = self._training(job._replace(stacks=plain), used, updates, bound, active)
+        return result.outputs, result.replaced
+
+    def _train(
+        self,
+        job: Job,
+        used: tuple[Place, ...],
+        updates: list[UpdateInputs],
+        clip_norm: Tensor | None,
+        active: Tensor | None,
+    ) -> Result:
+        result = self._differentiate(job, used)
+        if clip_norm is not None:
+            clip_gradients_(result.grads, clip_norm)
+        remaining = iter(result.grads)
+        for inputs in updates:
+            grads = [next(remaining) for _ in inputs.params]
+            apply_updates(
+                inputs.rule,
+                inputs.static,
+                inputs.params,
+                grads,
+                inputs.state,
+                inputs.clocks,
+                inputs.hyper,
+                active,
+            )
+        return result._replace(grads=[])
+
+    def _differentiate(self, job: Job, used: tuple[Place, ...]) -> Result:
+        def loss(
+            trained: list[Tensor],
+            tensors: list[list[Tensor]],
+            key: Tensor | None,
+            mapped: list[Tensor],
+            scale: Tensor | None,
+            anchor: Tensor,
+        ) -> tuple[Tensor, tuple[list[Tensor], list[Tensor]]]:
+            tensors = [list(own) for own in tensors]
+            for (definition, position), tensor in zip(used, trained, strict=True):
+                tensors[definition][position] = tensor
+            outputs, replaced = self._models.one(tensors, key, with_mapped(mapped))
+            value = outputs[0] if scale is None else outputs[0] * scale
+            return value, (outputs, replaced)
+
+        trained = [job.stacks[definition][position] for definition, position in used]
+        mapped, with_mapped = split_leaves(job.trees, job.dims)
+        in_dims = (0, 0, None if job.keys is None else 0, 0, None if job.scale is None else 0, 0)
+        run = torch.vmap(torch.func.grad_and_value(loss, has_aux=True), in_dims=in_dims, randomness="different")
+        anchor = torch.empty(job.size, 0)
+        grads, (_, (outputs, replaced)) = run(trained, job.stacks, job.keys, mapped, job.scale, anchor)
+        return Result(outputs, replaced, grads)
+
+
+def _chosen(places: Sequence[Place], present: Sequence[bool]) -> tuple[Place, ...]:
+    return tuple(place for place, takes_part in zip(places, present, strict=True) if takes_part)

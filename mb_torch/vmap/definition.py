@@ -1,0 +1,102 @@
+"""Runs the one definition of a batch with any model's tensors put in place of its placeholders.
+
+This is ``torch.func.functional_call`` with the look-ups done once: the prototype belongs to the batch, so tensors can
+be written straight into its submodules' tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mb_torch.errors import Unsupported
+from mb_torch.state import StackedState
+from mb_torch.vmap.layers import make_batchable, restore
+
+
+class Definition:
+    """A prototype on the meta device, and the places where its tensors go.
+
+    Args:
+        prototype: One model on the meta device.
+        state: The stacks that go with it.
+    """
+
+    def __init__(self, prototype: nn.Module, state: StackedState) -> None:
+        self.prototype = prototype
+        self.state = state
+        self.num_parameters = len(state.parameters)
+        position = {name: i for i, name in enumerate(state.tensors)}
+        # A submodule used under two names has its tensors in one place.
+        slots: dict[tuple[int, str], tuple[dict[str, Any], str, int]] = {}
+        for name, first in state.names.items():
+            path, _, leaf = name.rpartition(".")
+            owner = prototype.get_submodule(path)
+            table = owner._parameters if leaf in owner._parameters else owner._buffers
+            slots[id(table), leaf] = (table, leaf, position[first])
+        self._slots = list(slots.values())
+        self._placeholders = [table[leaf] for table, leaf, _ in self._slots]
+        self._gaps = _gaps(prototype)
+
+    def stacks(self) -> list[Tensor]:
+        """The live stacks, parameters first, in the order that `bind` expects."""
+        return [*self.state.parameters.values(), *self.state.buffers.values()]
+
+    def buffers(self) -> list[Tensor]:
+        """The live stacked buffers, in the order of `stacks`."""
+        return list(self.state.buffers.values())
+
+    def bind(self, tensors: Sequence[Tensor]) -> None:
+        """Put one model's tensors (or, under vmap, all models') in place of the placeholders."""
+        for table, leaf, position in self._slots:
+            table[leaf] = tensors[position]
+
+    def unbind(self, tensors: Sequence[Tensor]) -> dict[int, Tensor]:
+        """Put the placeholders back; return the buffers that the forward pass replaced, by position."""
+        replaced: dict[int, Tensor] = {}
+        for (table, leaf, position), placeholder in zip(self._slots, self._placeholders, strict=True):
+            current = table.get(leaf)
+            table[leaf] = placeholder
+            if current is not tensors[position]:
+                if position < self.num_parameters or current is None:
+                    raise Unsupported(
+                        f"forward() replaced or removed {leaf!r}; only buffers may be replaced, by tensors"
+                    )
+                replaced[position] = current
+        return replaced
+
+    @contextmanager
+    def batchable(self) -> Iterator[None]:
+        """Within the block, submodules that vmap cannot run are of classes that it can."""
+        for module, _, batchable_class in self._gaps:
+            module.__class__ = batchable_class
+        try:
+            yield
+        finally:
+            for module, plain_class, _ in self._gaps:
+                module.__class__ = plain_class
+
+    def module_name(self, module: nn.Module) -> str | None:
+        """The name of a submodule of the prototype, with its class; None if it is not one."""
+        for name, candidate in self.prototype.named_modules():
+            if candidate is module:
+                return f"{name or 'the model'} ({type(module).__name__})"
+        return None
+
+
+def _gaps(prototype: nn.Module) -> list[tuple[nn.Module, type[nn.Module], type[nn.Module]]]:
+    """Submodules with their own class and the class to run under vmap, where that is another one."""
+    plain = [(module, type(module)) for module in prototype.modules()]
+    make_batchable(prototype)
+    batchable = [(module, plain_class, type(module)) for module, plain_class in plain]
+    restore(prototype)
+    return [entry for entry in batchable if entry[1] is not entry[2]]
+
+
+def is_tensor(value: object) -> bool:
+    """Whether a pytree leaf is a tensor."""
+    return isinstance(value, torch.Tensor)

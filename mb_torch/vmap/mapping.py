@@ -1,0 +1,333 @@
+"""Runs one function of one model for every model of a batch: at once, directly for a single one, or one by one."""
+
+from __future__ import annotations
+
+import enum
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from mb_torch.errors import InvalidInput, ModelBatchError, Unsupported
+from mb_torch.vmap.definition import Definition, is_tensor
+from mb_torch.vmap.rng import seeded
+
+T = TypeVar("T")
+
+_CONSTANTS = (type(None), bool, int, float, str, bytes, enum.Enum, torch.dtype, torch.device, torch.Size)
+
+
+class Packing(NamedTuple):
+    """How a pytree was taken apart: its structure and, for each leaf, the leaf itself if it is no tensor."""
+
+    structure: pytree.TreeSpec
+    constants: list[Any]
+
+    def unpack(self, tensors: Sequence[Tensor]) -> Any:
+        """Put a pytree together again from its tensors."""
+        remaining = iter(tensors)
+        leaves = [next(remaining) if constant is _TENSOR else constant for constant in self.constants]
+        return pytree.tree_unflatten(leaves, self.structure)
+
+
+_TENSOR = object()
+
+
+def pack(tree: Any) -> tuple[list[Tensor], Packing]:
+    """Take a pytree apart into its tensors and the rest.
+
+    Raises:
+        Unsupported: A leaf is an object that may hide tensors.
+    """
+    leaves, structure = pytree.tree_flatten(tree)
+    for leaf in leaves:
+        if not isinstance(leaf, (Tensor, *_CONSTANTS)):
+            raise Unsupported(
+                f"a model returned a {type(leaf).__name__}, which may hold tensors out of reach",
+                fix="Return tensors, tuples, lists or dicts, or register the class with torch.utils._pytree.",
+            )
+    constants = [_TENSOR if is_tensor(leaf) else leaf for leaf in leaves]
+    return [leaf for leaf in leaves if is_tensor(leaf)], Packing(structure, constants)
+
+
+class Trace(NamedTuple):
+    """What the last run of a model showed besides tensors.
+
+    Attributes:
+        packing: The form of the result.
+        replaced: For each definition, the positions of the buffers that the forward pass replaced.
+        drew: Whether random numbers were drawn from the model's stream.
+    """
+
+    packing: Packing
+    replaced: list[list[int]]
+    drew: bool
+
+
+class ModelMap:
+    """A function of one model (of each definition), ready to run over all models.
+
+    Args:
+        definitions: The definitions whose prototypes the function gets.
+        body: ``body(*prototypes, *trees)``, the work of one model; returns a pytree.
+
+    Attributes:
+        trace: What the last run showed; None before the first.
+    """
+
+    def __init__(self, definitions: Sequence[Definition], body: Callable[..., Any]) -> None:
+        self.definitions = list(definitions)
+        self.body = body
+        self.trace: Trace | None = None
+
+    @contextmanager
+    def batchable(self) -> Iterator[None]:
+        """Within the block, submodules that vmap cannot run are of classes that it can."""
+        with ExitStack() as stack:
+            for definition in self.definitions:
+                stack.enter_context(definition.batchable())
+            yield
+
+    def one(
+        self, tensors: list[list[Tensor]], key: Tensor | None, trees: tuple[Any, ...]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Run one model (under vmap: the one that stands for all).
+
+        Args:
+            tensors: For each definition, one model's tensors.
+            key: The model's random key, or None for torch's own generator.
+            trees: What ``body`` gets after the prototypes.
+
+        Returns:
+            The tensors of the result, and the buffers that were replaced.
+        """
+        drew = False
+        for definition, own in zip(self.definitions, tensors, strict=True):
+            definition.bind(own)
+        try:
+            prototypes = [definition.prototype for definition in self.definitions]
+            if key is None:
+                result = self.body(*prototypes, *trees)
+            else:
+                with seeded(key) as stream:
+                    result = self.body(*prototypes, *trees)
+                drew = stream.draws > 0
+        finally:
+            replaced = [d.unbind(own) for d, own in zip(self.definitions, tensors, strict=True)]
+        outputs, packing = pack(result)
+        if not torch.compiler.is_compiling():
+            self.trace = Trace(packing, [list(positions) for positions in replaced], drew)
+        return outputs, [value for values in replaced for value in values.values()]
+
+    def at_once(
+        self,
+        tensors: list[list[Tensor]],
+        keys: Tensor | None,
+        trees: tuple[Any, ...],
+        dims: tuple[Any, ...],
+        size: int,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Run all models in one vectorised pass; ``dims`` as `batch_dims` gives them."""
+        mapped, with_mapped = split_leaves(trees, dims)
+
+        def one(
+            tensors: list[list[Tensor]], key: Tensor | None, mapped: list[Tensor], anchor: Tensor
+        ) -> tuple[list[Tensor], list[Tensor]]:
+            return self.one(tensors, key, with_mapped(mapped))
+
+        # The anchor gives vmap its size where nothing else is mapped.
+        run = torch.vmap(one, in_dims=(0, None if keys is None else 0, 0, 0), randomness="different")
+        return run(tensors, keys, mapped, torch.empty(size, 0))
+
+    def _drawing(self, keys: Tensor | None) -> AbstractContextManager[None]:
+        """Where models draw from their own streams, layers that draw in native code must not run as they are."""
+        return nullcontext() if keys is None else self.batchable()
+
+    def directly(
+        self,
+        tensors: list[list[Tensor]],
+        keys: Tensor | None,
+        trees: tuple[Any, ...],
+        per_model: Sequence[bool],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Run the only model without vmap, as plain PyTorch would."""
+        own = [[tensor.squeeze(0) for tensor in stacks] for stacks in tensors]
+        with self._drawing(keys):
+            outputs, replaced = self.one(own, None if keys is None else keys[0], model_trees(trees, per_model, 0))
+        return [o.unsqueeze(0) for o in outputs], [r.unsqueeze(0) for r in replaced]
+
+    def one_by_one(
+        self,
+        tensors: list[list[Tensor]],
+        keys: Tensor | None,
+        trees: tuple[Any, ...],
+        per_model: Sequence[bool],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Run the models one after another; slow, but what runs alone runs here."""
+        unstacked = [[tensor.unbind(0) for tensor in stacks] for stacks in tensors]
+        results = []
+        for index in range(_size(tensors, trees, per_model)):
+            own = [[column[index] for column in columns] for columns in unstacked]
+            key = None if keys is None else keys[index]
+            with self._drawing(keys):
+                results.append((*self.one(own, key, model_trees(trees, per_model, index)), self.trace))
+        return _stack(results)
+
+
+def batch_dims(trees: tuple[Any, ...], per_model: Sequence[bool]) -> tuple[int | None, ...]:
+    """The ``in_dims`` of vmap for each leaf: 0 for every tensor of a per-model tree, None for everything else."""
+    return tuple(
+        0 if mapped and is_tensor(leaf) else None
+        for tree, mapped in zip(trees, per_model, strict=True)
+        for leaf in pytree.tree_leaves(tree)
+    )
+
+
+def split_leaves(
+    trees: tuple[Any, ...], dims: Sequence[int | None]
+) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], tuple[Any, ...]]]:
+    """Return the leaves to be mapped, and a function that puts others in their places.
+
+    vmap would take the trees themselves, but not where a container refuses the numbers of ``in_dims`` as its
+    contents, which ``PackedSequence`` does.
+    """
+    if all(dim is None for dim in dims):
+        return [], lambda mapped: trees
+    leaves, structure = pytree.tree_flatten(trees)
+
+    def with_mapped(mapped: Sequence[Tensor]) -> tuple[Any, ...]:
+        remaining = iter(mapped)
+        chosen = [leaf if dim is None else next(remaining) for leaf, dim in zip(leaves, dims, strict=True)]
+        return pytree.tree_unflatten(chosen, structure)  # type: ignore[no-any-return]
+
+    return [leaf for leaf, dim in zip(leaves, dims, strict=True) if dim is not None], with_mapped
+
+
+def model_trees(trees: tuple[Any, ...], per_model: Sequence[bool], index: int) -> tuple[Any, ...]:
+    """One model's share of each tree."""
+    return tuple(
+        pytree.tree_map(lambda leaf: leaf[index] if is_tensor(leaf) else leaf, tree) if mapped else tree
+        for tree, mapped in zip(trees, per_model, strict=True)
+    )
+
+
+class Fallback:
+    """Tries the vectorised way first and falls back, once and for all, to one model after another.
+
+    Args:
+        definitions: The definitions that are run; their buffers are put back after a failed try.
+    """
+
+    def __init__(self, definitions: Sequence[Definition]) -> None:
+        self.definitions = list(definitions)
+        self._one_by_one: set[bool] = set()
+        self.reason: str | None = None
+
+    @property
+    def _training(self) -> bool:
+        return any(definition.prototype.training for definition in self.definitions)
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether models run one after another in the present mode, training or evaluation."""
+        return self._training in self._one_by_one
+
+    def run(self, at_once: Callable[[], T], one_by_one: Callable[[], T]) -> T:
+        """Return what ``at_once`` returns or, where vmap cannot, what ``one_by_one`` does, with one warning."""
+        if self.one_by_one:
+            return one_by_one()
+        # A pass that fails half-way has already updated some buffers.
+        buffers = [buffer for definition in self.definitions for buffer in definition.buffers()]
+        saved = [buffer.clone() for buffer in buffers] if self._training else []
+        try:
+            return at_once()
+        except (ModelBatchError, torch.OutOfMemoryError):
+            _put_back(buffers, saved)
+            raise
+        except Exception as caught:  # torch.func has no error class of its own
+            _put_back(buffers, saved)
+            error = caught
+        try:
+            # An error of the model itself is raised here, as plain PyTorch words it.
+            result = one_by_one()
+        except Exception:
+            _put_back(buffers, saved)
+            raise
+        self._one_by_one.add(self._training)
+        self._warn(error)
+        return result
+
+    def _warn(self, error: Exception) -> None:
+        first_line = str(error).strip().split("\n", 1)[0]
+        self.reason = f"{self._culprit(error)} cannot be batched ({first_line[:160]})"
+        warnings.warn(
+            f"{self.reason}; its models run one after another, correct but no faster than a loop",
+            UserWarning,
+            stacklevel=5,
+        )
+
+    def _culprit(self, error: Exception) -> str:
+        """Name the innermost submodule in the traceback."""
+        name = "the loss"
+        traceback = error.__traceback__
+        while traceback is not None:
+            module = traceback.tb_frame.f_locals.get("self")
+            for definition in self.definitions:
+                name = definition.module_name(module) or name  # type: ignore[arg-type]
+            traceback = traceback.tb_next
+        return name
+
+
+def check_loss(loss: Any) -> Tensor:
+    """Return the loss of one model if it is one number.
+
+    Raises:
+        InvalidInput: The loss has another form; per-row losses, say.
+    """
+    if isinstance(loss, Tensor) and loss.dim() == 0:
+        return loss
+    received = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+    raise InvalidInput(
+        "the loss function must return one value per model",
+        received=received,
+        expected="a 0-dim tensor for each model",
+        fix="Reduce over the rows, for example with reduction='mean'.",
+    )
+
+
+def _put_back(buffers: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
+    for buffer, value in zip(buffers, saved, strict=bool(saved)):
+        buffer.copy_(value)
+
+
+def _size(tensors: list[list[Tensor]], trees: tuple[Any, ...], per_model: Sequence[bool]) -> int:
+    for stacks in tensors:
+        if stacks:
+            return stacks[0].shape[0]
+    mapped = [tree for tree, flag in zip(trees, per_model, strict=True) if flag]
+    return next(leaf.shape[0] for leaf in pytree.tree_leaves(mapped) if is_tensor(leaf))
+
+
+def _stack(
+    results: list[tuple[list[Tensor], list[Tensor], Trace | None]],
+) -> tuple[list[Tensor], list[Tensor]]:
+    first = results[0]
+    for index, (outputs, _, trace) in enumerate(results):
+        assert trace is not None
+        assert first[2] is not None
+        if (trace.packing, trace.replaced) != (first[2].packing, first[2].replaced):
+            raise Unsupported(f"model {index} returned another structure than model 0: {trace.packing.structure}")
+        for ours, theirs in zip(first[0], outputs, strict=True):
+            if ours.shape != theirs.shape:
+                raise InvalidInput(
+                    f"output of model {index}",
+                    received=f"shape {tuple(theirs.shape)}",
+                    expected=f"shape {tuple(ours.shape)} as from model 0",
+                )
+    outputs = [torch.stack(column) for column in zip(*(r[0] for r in results), strict=True)]
+    replaced = [torch.stack(column) for column in zip(*(r[1] for r in results), strict=True)]
+    return outputs, replaced

@@ -1,0 +1,128 @@
+"""Splits a batch into parts that run by themselves: chunks that bound memory, groups of models with as many rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from mb_torch.errors import InvalidInput
+from mb_torch.routed import RoutedTensor, strip
+from mb_torch.vmap.definition import is_tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which models run together.
+
+    Attributes:
+        num_models: All models, those that do not run included.
+        order: Model numbers in the order of the parts, without models that have no rows; None keeps all in order.
+        sizes: How many models each part has.
+        rows: How many real rows the models of each part have; None where rows play no role.
+        padded_rows: Length to which rows are padded; None where rows play no role.
+    """
+
+    num_models: int
+    order: Tensor | None
+    sizes: list[int]
+    rows: list[int | None]
+    padded_rows: int | None = None
+
+    def split(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Each part's share of stacks ``[num_models, ...]``: views if the order is kept, else copies."""
+        columns = [self._ordered(tensor).split(self.sizes) for tensor in tensors]
+        return [[column[part] for column in columns] for part in range(len(self.sizes))]
+
+    def split_vector(self, values: Tensor | None) -> list[Tensor | None]:
+        """Each part's share of one value per model ``[num_models]``, or of nothing."""
+        return [None] * len(self.sizes) if values is None else list(self._ordered(values).split(self.sizes))
+
+    def split_tree(self, tree: Any, per_model: bool) -> list[Any]:
+        """Each part's share of a pytree; of routed tensors only the real rows."""
+        if not per_model:
+            return [strip(tree)] * len(self.sizes)
+        leaves, structure = pytree.tree_flatten(tree)
+        columns = [self._split_leaf(leaf) if is_tensor(leaf) else [leaf] * len(self.sizes) for leaf in leaves]
+        return [pytree.tree_unflatten(list(part), structure) for part in zip(*columns, strict=True)] or [
+            tree for _ in self.sizes
+        ]
+
+    def _split_leaf(self, leaf: Tensor) -> list[Tensor]:
+        if isinstance(leaf, RoutedTensor) and self.padded_rows is not None:
+            pieces = self._ordered(leaf.plain()).split(self.sizes)
+            return [piece[:, :rows] for piece, rows in zip(pieces, self.rows, strict=True)]
+        return list(self._ordered(strip(leaf)).split(self.sizes))
+
+    def join(self, parts: Sequence[Sequence[Tensor]], *, row_wise: bool = True) -> list[Tensor]:
+        """Put the parts' tensors together; models that did not run get zeros.
+
+        With ``row_wise``, tensors that have one entry per real row become routed tensors, padded with zeros.
+        """
+        return [self._join_column(column, row_wise) for column in zip(*parts, strict=True)]
+
+    def _join_column(self, column: tuple[Tensor, ...], row_wise: bool) -> Tensor:
+        row_wise = (
+            row_wise
+            and self.padded_rows is not None
+            and all(piece.dim() >= 2 and piece.shape[1] == rows for piece, rows in zip(column, self.rows, strict=True))
+        )
+        if row_wise:
+            column = tuple(_pad_rows(piece, self.padded_rows) for piece in column)  # type: ignore[arg-type]
+        joined = torch.cat(column)
+        if self.order is not None:
+            empty = joined.new_zeros((self.num_models, *joined.shape[1:]))
+            joined = empty.index_copy(0, self.order.to(joined.device), joined)
+        if row_wise:
+            counts = [0] * self.num_models
+            models = range(self.num_models) if self.order is None else self.order.tolist()
+            per_model = [rows for rows, size in zip(self.rows, self.sizes, strict=True) for _ in range(size)]
+            for model, rows in zip(models, per_model, strict=True):
+                counts[model] = rows or 0
+            return RoutedTensor.wrap(joined, tuple(counts))
+        return joined
+
+    def write_back(self, stacks: Sequence[Tensor], parts: Sequence[Sequence[Tensor]]) -> None:
+        """Bring what the parts' copies hold back into the stacks."""
+        if self.order is None:
+            return
+        for stack, column in zip(stacks, zip(*parts, strict=True), strict=True):
+            stack.index_copy_(0, self.order.to(stack.device), torch.cat(column))
+
+    def _ordered(self, tensor: Tensor) -> Tensor:
+        return tensor if self.order is None else tensor.index_select(0, self.order.to(tensor.device))
+
+
+def plan_parts(num_models: int, chunk_size: int | None, rows: tuple[int, ...] | None) -> Plan | None:
+    """Decide which models run together; None if all do.
+
+    Models with different numbers of real rows never share a part, so no padded row is ever computed with: whatever
+    the model does across rows, batch statistics included, is exact.
+    """
+    limit = chunk_size or num_models
+    if rows is None or all(count == rows[0] for count in rows):
+        if limit >= num_models:
+            return None
+        sizes = [min(limit, num_models - start) for start in range(0, num_models, limit)]
+        return Plan(num_models, None, sizes, [None] * len(sizes))
+    if len(rows) != num_models:
+        raise InvalidInput("routed rows", received=f"{len(rows)} models", expected=f"{num_models} models")
+    order = sorted((model for model in range(num_models) if rows[model]), key=lambda model: rows[model])
+    sizes, counts = [], []
+    for count in sorted({rows[model] for model in order}):
+        group = sum(1 for model in order if rows[model] == count)
+        pieces = [min(limit, group - start) for start in range(0, group, limit)]
+        sizes += pieces
+        counts += [count] * len(pieces)
+    return Plan(num_models, torch.tensor(order), sizes, list(counts), max(rows))
+
+
+def _pad_rows(tensor: Tensor, rows: int) -> Tensor:
+    missing = rows - tensor.shape[1]
+    if not missing:
+        return tensor
+    return torch.cat([tensor, tensor.new_zeros((tensor.shape[0], missing, *tensor.shape[2:]))], dim=1)

@@ -1,0 +1,418 @@
+"""The fused training step on ``torch.func``: losses and gradients of all models in one pass, then whole-stack updates.
+
+In eager mode ordinary autograd differentiates the vectorised losses: it runs no functorch layer per operation in the
+backward pass, which ``vmap(grad(...))`` does. Each model's loss depends on its own parameters only, so the gradient of
+their sum is each model's own gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mb_torch.amp import GradScaler
+from mb_torch.backend import StepSpec
+from mb_torch.clipping import clip_gradients_, rows
+from mb_torch.errors import InvalidInput, Unsupported
+from mb_torch.routed import rows_of, strip
+from mb_torch.vmap.compiled_step import CompiledStep, Job, Place
+from mb_torch.vmap.definition import Definition
+from mb_torch.vmap.mapping import Fallback, ModelMap, batch_dims, check_loss
+from mb_torch.vmap.parts import Plan, plan_parts
+from mb_torch.vmap.views import PerModelOptimizer
+
+if TYPE_CHECKING:
+    from mb_torch.vmap.engine import VmapBackend
+
+Gradients = list[Tensor | None]
+
+
+class FusedStep:
+    """One training step over the batches of one or more backends; see `mb_torch.make_joint_step`."""
+
+    def __init__(self, spec: StepSpec, backends: Sequence[VmapBackend]) -> None:
+        self.spec = spec
+        self.backends = list(backends)
+        self.num_models = backends[0].spec.num_models
+        self._models = ModelMap([backend.definition for backend in backends], self._loss_of_one_model)
+        self._fallback = Fallback(self._models.definitions)
+        self._compiled: tuple[dict[str, Any], CompiledStep] | None = None
+        self._pending: Gradients | None = None
+        self._pending_active: Tensor | None = None
+        self._pending_calls = 0
+        for definition, optimizer in zip(self._models.definitions, spec.optimizers, strict=True):
+            if optimizer is not None:
+                _check_optimizer(definition, optimizer, spec)
+
+    def __call__(self, inputs: Any, targets: Any, *, shared_targets: bool) -> tuple[Tensor, Any]:
+        """Run one step; return the losses ``[num_models]`` and the loss's aux."""
+        row_counts = rows_of(inputs, targets)
+        active = self._active(row_counts)
+        saved = None if active is None else [[b.clone() for b in d.buffers()] for d in self._models.definitions]
+        trees = (inputs, targets, dict(self.spec.loss_args))
+        flags = (not self.spec.shared_input, not shared_targets, True)
+        plan = plan_parts(self.num_models, self._chunk_size(), row_counts)
+        keys = self._keys()
+        scale = self._loss_scale()
+        with torch.enable_grad():
+            if plan is None and self._compiles_updates():
+                outputs = self._train_compiled(keys, strip(trees), flags, active)
+                grads = None
+            elif plan is None:
+                outputs, grads = self._differentiate(self._stacks(), keys, strip(trees), flags, scale)
+            else:
+                outputs, grads = self._differentiate_parts(plan, keys, trees, flags, scale)
+        if active is not None and saved is not None:
+            self._keep_frozen_buffers(saved, active)
+        trace = self._models.trace
+        assert trace is not None
+        if trace.drew:
+            self._advance_streams(active)
+        if grads is not None:
+            self._accumulate(grads, active)
+        losses, aux = trace.packing.unpack([output.detach() for output in outputs])
+        return losses, aux
+
+    def run(self, batches: Sequence[tuple[Any, Any]], *, shared_targets: bool) -> tuple[Tensor, Any]:
+        """Run one step per batch."""
+        results = [self(inputs, targets, shared_targets=shared_targets) for inputs, targets in batches]
+        return torch.stack([losses for losses, _ in results]), results[-1][1]
+
+    def flush(self) -> None:
+        """Make an update of gradients accumulated so far, if there are any."""
+        if self._pending_calls:
+            grads, active = self._pending, self._pending_active
+            self._pending, self._pending_active, self._pending_calls = None, None, 0
+            assert grads is not None
+            self._update(grads, active)
+
+    def _loss_of_one_model(self, *args: Any) -> tuple[Tensor, Any]:
+        *models, inputs, targets, loss_args = args
+        result = self.spec.loss_fn(*models, inputs, targets, **loss_args, **self.spec.shared_args)
+        if not self.spec.aux:
+            return check_loss(result), None
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise InvalidInput("loss_fn with aux=True", received=type(result).__name__, expected="(loss, aux)")
+        return check_loss(result[0]), result[1]
+
+    def _active(self, row_counts: tuple[int, ...] | None) -> Tensor | None:
+        """Models that train in this call: those the user leaves active and that have data."""
+        active = self.spec.active
+        if row_counts is None or all(row_counts):
+            return active
+        with_rows = torch.tensor([count > 0 for count in row_counts])
+        return with_rows if active is None else active & with_rows.to(active.device)
+
+    def _chunk_size(self) -> int | None:
+        sizes = [backend.spec.chunk_size for backend in self.backends if backend.spec.chunk_size is not None]
+        return min(sizes, default=None)
+
+    def _keys(self) -> Tensor | None:
+        """Random keys of the first batch that has seeds: a step draws from one stream per model."""
+        return next((keys for backend in self.backends if (keys := backend.keys()) is not None), None)
+
+    def _advance_streams(self, active: Tensor | None) -> None:
+        for backend in self.backends:
+            if backend.spec.streams is not None:
+                backend.spec.streams.advance(active)
+
+    def _stacks(self) -> list[list[Tensor]]:
+        """All stacks per definition; those of untrained batches without gradients."""
+        return [
+            definition.stacks() if optimizer is not None else [stack.detach() for stack in definition.stacks()]
+            for definition, optimizer in zip(self._models.definitions, self.spec.optimizers, strict=True)
+        ]
+
+    def _trained(self) -> list[list[Tensor]]:
+        """The stacks to differentiate, per definition, in the order of `_differentiate`'s gradients."""
+        return [[stack for stack in own if stack.requires_grad] for own in self._stacks()]
+
+    def _trained_stacks(self) -> list[Tensor]:
+        return [stack for own in self._trained() for stack in own]
+
+    def _differentiate(
+        self,
+        stacks: list[list[Tensor]],
+        keys: Tensor | None,
+        trees: tuple[Any, ...],
+        flags: tuple[bool, ...],
+        scale: Tensor | None,
+    ) -> tuple[list[Tensor], Gradients]:
+        """Outputs (the losses first) of the models of the given stacks, and the gradient of each trained one."""
+        size = next((stack.shape[0] for own in stacks for stack in own), self.num_models)
+
+        def at_once() -> tuple[list[Tensor], Gradients]:
+            compiled = self._compiled_step()
+            if compiled is None and not any(backend.vectorises for backend in self.backends):
+                return finish(*self._models.directly(stacks, keys, trees, flags))
+            dims = batch_dims(trees, flags)
+            with self._models.batchable():
+                if compiled is None:
+                    return finish(*self._models.at_once(stacks, keys, trees, dims, size))
+                job = Job(stacks, keys, trees, dims, size, scale)
+                outputs, replaced, grads = compiled.gradients(job, _places(stacks), self._dry_run(job))
+            self._keep_replaced(stacks, replaced)
+            return outputs, grads
+
+        def one_by_one() -> tuple[list[Tensor], Gradients]:
+            return finish(*self._models.one_by_one(stacks, keys, trees, flags))
+
+        def finish(outputs: list[Tensor], replaced: list[Tensor]) -> tuple[list[Tensor], Gradients]:
+            grads = self._backward(outputs[0], stacks, scale)
+            self._keep_replaced(stacks, replaced)
+            return outputs, grads
+
+        return self._fallback.run(at_once, one_by_one)
+
+    def _backward(self, losses: Tensor, stacks: list[list[Tensor]], scale: Tensor | None) -> Gradients:
+        trained = [stack for own in stacks for stack in own if stack.requires_grad]
+        if not losses.requires_grad:
+            raise InvalidInput("the loss does not depend on any parameter that is to be trained")
+        scaled = losses if scale is None else losses * scale
+        # The backward pass of an operation runs in the type that autocast chose for its forward pass.
+        with torch.autocast(losses.device.type, enabled=False):
+            return list(torch.autograd.grad(scaled, trained, torch.ones_like(scaled), allow_unused=True))
+
+    def _loss_scale(self) -> Tensor | None:
+        """Factors of the losses ``[num_models]`` that the scaler asks for, or None."""
+        if self.spec.scaler is None:
+            return None
+        device = self._trained_stacks()[0].device
+        return self.spec.scaler.scale(torch.ones(self.num_models, device=device))
+
+    def _compiled_step(self) -> CompiledStep | None:
+        """The compiled form of this step, if any batch asks for compilation; a new one where the options changed."""
+        options = next((b.compile_options for b in self.backends if b.compile_options is not None), None)
+        if options is None:
+            return None
+        if self._compiled is None or self._compiled[0] is not options:
+            self._compiled = options, CompiledStep(self._models, options)
+        return self._compiled[1]
+
+    def _compiles_updates(self) -> bool:
+        """Whether the update too can be part of the compiled graph."""
+        return (
+            self._compiled_step() is not None
+            and not self._fallback.one_by_one
+            and self.spec.accumulate == 1
+            and self.spec.scaler is None
+            and all(
+                optimizer is None or _updates_exactly(optimizer, own)
+                for optimizer, own in zip(self.spec.optimizers, self._trained(), strict=True)
+            )
+        )
+
+    def _train_compiled(
+        self, keys: Tensor | None, trees: tuple[Any, ...], flags: tuple[bool, ...], active: Tensor | None
+    ) -> list[Tensor]:
+        compiled = self._compiled_step()
+        assert compiled is not None
+        stacks = self._stacks()
+        job = Job(stacks, keys, trees, batch_dims(trees, flags), self.num_models, None)
+
+        def at_once() -> list[Tensor]:
+            with self._models.batchable():
+                outputs, replaced = compiled.train(
+                    job,
+                    _places(stacks),
+                    self.spec.optimizers,  # type: ignore[arg-type]
+                    self.spec.clip_norm,
+                    active,
+                    self._dry_run(job),
+                )
+            self._keep_replaced(stacks, replaced)
+            return outputs
+
+        def one_by_one() -> list[Tensor]:
+            outputs, grads = self._differentiate(stacks, keys, trees, flags, None)
+            self._update(grads, active)
+            return outputs
+
+        return self._fallback.run(at_once, one_by_one)
+
+    def _dry_run(self, job: Job) -> Callable[[], list[bool]]:
+        """A step without consequences; says which trained stacks get a gradient."""
+
+        def run() -> list[bool]:
+            outputs, _ = self._models.at_once(job.stacks, job.keys, job.trees, job.dims, job.size)
+            return [grad is not None for grad in self._backward(outputs[0], job.stacks, job.scale)]
+
+        return run
+
+    def _keep_replaced(self, stacks: list[list[Tensor]], replaced: list[Tensor]) -> None:
+        """Write the buffers that forward passes replaced into the stacks."""
+        assert self._models.trace is not None
+        places = [(own, p) for own, ps in zip(stacks, self._models.trace.replaced, strict=True) for p in ps]
+        for (own, position), value in zip(places, replaced, strict=True):
+            own[position].copy_(value.detach())
+
+    def _differentiate_parts(
+        self,
+        plan: Plan,
+        keys: Tensor | None,
+        trees: tuple[Any, ...],
+        flags: tuple[bool, ...],
+        scale: Tensor | None,
+    ) -> tuple[list[Tensor], Gradients]:
+        """Part by part, so that only one part's activations exist at a time."""
+        stacks = self._stacks()
+        shares = [plan.split([stack.detach() for stack in own]) for own in stacks]
+        part_keys, part_scales = plan.split_vector(keys), plan.split_vector(scale)
+        part_trees = list(
+            zip(*(plan.split_tree(tree, flag) for tree, flag in zip(trees, flags, strict=True)), strict=True)
+        )
+        outputs, grads = [], []
+        for part in range(len(plan.sizes)):
+            own = [
+                [t.requires_grad_() if s.requires_grad else t for t, s in zip(share[part], all_, strict=True)]
+                for share, all_ in zip(shares, stacks, strict=True)
+            ]
+            part_outputs, part_grads = self._differentiate(
+                own, part_keys[part], part_trees[part], flags, part_scales[part]
+            )
+            outputs.append([output.detach() for output in part_outputs])
+            grads.append(part_grads)
+        for definition, own_stacks, share in zip(self._models.definitions, stacks, shares, strict=True):
+            first = definition.num_parameters
+            plan.write_back(own_stacks[first:], [part[first:] for part in share])
+        return plan.join(outputs), _join_gradients(plan, grads)
+
+    def _keep_frozen_buffers(self, saved: list[list[Tensor]], active: Tensor) -> None:
+        for definition, values in zip(self._models.definitions, saved, strict=True):
+            for buffer, value in zip(definition.buffers(), values, strict=True):
+                buffer.copy_(torch.where(rows(active, buffer), buffer, value))
+
+    def _accumulate(self, grads: Gradients, active: Tensor | None) -> None:
+        if self.spec.accumulate == 1:
+            self._update(grads, active)
+            return
+        share = 1 / self.spec.accumulate
+        if active is not None:
+            # A frozen model adds nothing, not even a NaN.
+            grads = [None if g is None else torch.where(rows(active, g), g, 0) for g in grads]
+        if self._pending is None:
+            self._pending = [None if g is None else g * share for g in grads]
+            self._pending_active = active
+        else:
+            self._pending = [_add(total, g, share) for total, g in zip(self._pending, grads, strict=True)]
+            joint = None if active is None or self._pending_active is None else self._pending_active | active
+            self._pending_active = joint
+        self._pending_calls += 1
+        if self._pending_calls == self.spec.accumulate:
+            self.flush()
+
+    def _update(self, grads: Gradients, active: Tensor | None) -> None:
+        """Unscale, clip and apply gradients given for all trained stacks in a row."""
+        trained = self._trained()
+        scaler = self.spec.scaler
+        if isinstance(scaler, torch.amp.GradScaler):
+            self._update_through(scaler, trained, grads)
+            return
+        applied = active
+        finite: Tensor | None = None
+        if scaler is not None:
+            finite = scaler.unscale([g for g in grads if g is not None])
+            applied = finite if active is None else active & finite
+        if self.spec.clip_norm is not None:
+            clip_gradients_([g for g in grads if g is not None], self.spec.clip_norm)
+        remaining = iter(grads)
+        for optimizer, own in zip(self.spec.optimizers, trained, strict=True):
+            own_grads = [next(remaining) for _ in own]
+            if optimizer is not None:
+                _apply(optimizer, own, own_grads, applied)
+        if scaler is not None and finite is not None:
+            scaler.record(finite, active)
+
+    def _update_through(self, scaler: torch.amp.GradScaler, trained: list[list[Tensor]], grads: Gradients) -> None:
+        """Let a stock scaler drive the optimizers, as a hand-written loop would."""
+        parameters = [parameter for own in trained for parameter in own]
+        optimizers = [optimizer for optimizer in self.spec.optimizers if optimizer is not None]
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        if self.spec.clip_norm is not None:
+            clip_gradients_([g for g in grads if g is not None], self.spec.clip_norm)
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        scaler.update()
+        for parameter in parameters:
+            parameter.grad = None
+
+
+def _apply(optimizer: torch.optim.Optimizer, parameters: list[Tensor], grads: Gradients, active: Tensor | None) -> None:
+    if isinstance(optimizer, PerModelOptimizer):
+        by_stack = {id(parameter): grad for parameter, grad in zip(parameters, grads, strict=True)}
+        optimizer.update([by_stack.get(id(stack)) for stack in optimizer.stacks.values()], active)
+        return
+    if active is not None:
+        raise Unsupported(
+            f"a {type(optimizer).__name__} over stacked parameters updates all models or none, but not all are active",
+            fix="Make the optimizer with OptimizerFactory.",
+        )
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = grad
+    optimizer.step()
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def _updates_exactly(optimizer: torch.optim.Optimizer, trained: list[Tensor]) -> bool:
+    """Whether the optimizer has compilable updates of these stacks and no others."""
+    if not isinstance(optimizer, PerModelOptimizer) or not optimizer.compilable:
+        return False
+    return list(map(id, optimizer.stacks.values())) == list(map(id, trained))
+
+
+def _places(stacks: list[list[Tensor]]) -> list[Place]:
+    """Where the trained stacks are."""
+    return [
+        (definition, position)
+        for definition, own in enumerate(stacks)
+        for position, stack in enumerate(own)
+        if stack.requires_grad
+    ]
+
+
+def _check_optimizer(definition: Definition, optimizer: torch.optim.Optimizer, spec: StepSpec) -> None:
+    """Raise unless the optimizer trains this batch and can do what the step asks of it."""
+    per_model = isinstance(optimizer, PerModelOptimizer)
+    given = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if isinstance(optimizer, PerModelOptimizer):
+        given = list(optimizer.stacks.values())
+    own = {id(parameter) for parameter in definition.state.parameters.values()}
+    if any(id(parameter) not in own for parameter in given):
+        raise InvalidInput(
+            f"the {type(optimizer).__name__} holds parameters of another batch",
+            fix="Make the optimizer for the batch that the step trains (a copied batch needs its own).",
+        )
+    if not per_model and (spec.active is not None or isinstance(spec.scaler, GradScaler)):
+        raise Unsupported(
+            f"a {type(optimizer).__name__} over stacked parameters updates all models or none",
+            fix="For active= and for one scale per model make the optimizer with OptimizerFactory.",
+        )
+
+
+def _add(total: Tensor | None, grad: Tensor | None, share: float) -> Tensor | None:
+    if grad is None:
+        return total
+    return grad * share if total is None else total.add_(grad, alpha=share)
+
+
+def _join_gradients(plan: Plan, parts: list[Gradients]) -> Gradients:
+    """One gradient per stack from those of the parts; None where no part has one."""
+    joined: Gradients = []
+    for column in zip(*parts, strict=True):
+        given = next((grad for grad in column if grad is not None), None)
+        if given is None:
+            joined.append(None)
+            continue
+        pieces = [
+            given.new_zeros((size, *given.shape[1:])) if grad is None else grad
+            for grad, size in zip(column, plan.sizes, strict=True)
+        ]
+        joined.extend(plan.join([[piece] for piece in pieces], row_wise=False))
+    return joined

@@ -1,0 +1,623 @@
+"""How nine optimizers change whole stacks of parameters, with a value of each hyper-parameter per model.
+
+A stack holds one parameter of all models: ``[num_models, ...]``. A hyper-parameter is a `Value`: one Python
+float where all models agree (then an update costs what it costs in ``torch.optim``), else a float64 tensor
+``[num_models]``. Each rule is split in three, so that it reads like the optimizer's own definition:
+
+* `advance` moves the per-model counters (torch keeps a step count for every parameter of every model);
+* `coefficients` turns counters and hyper-parameters into the few numbers an update needs, in float64 as
+  ``torch.optim`` does with Python floats;
+* `update` changes one bucket of stacks in place, with operations on lists of tensors.
+
+Models that must not change are put back to what they were, so that nothing reaches them, not even a NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mb_torch.vmap.buckets import (
+    Bucket,
+    Tensors,
+    Value,
+    add_,
+    add_product_,
+    add_quotient_,
+    add_scaled_,
+    choose,
+    copy_,
+    lerp_,
+    scale_,
+    spread,
+)
+
+
+class Rule:
+    """One optimizer's update.
+
+    Class attributes:
+        numbers: Keys of a parameter group that may differ from model to model (`betas` become `beta1`,
+            `beta2`).
+        switches: Boolean keys of a parameter group; the models of a stack must agree on them.
+        counters: Names of the per-model numbers kept beside the state tensors.
+        first_clock: Their values before the first step.
+        saved_counters: Those that a state dict has, as 0-dimensional tensors.
+        always: State tensors that every update needs.
+        optional: Other state tensors, each with the key of the group that says whether a model needs it.
+        initial: State tensors that do not start at zero, each with the key of the group that says where.
+    """
+
+    numbers: ClassVar[tuple[str, ...]] = ("lr", "weight_decay")
+    switches: ClassVar[tuple[str, ...]] = ("maximize",)
+    counters: ClassVar[tuple[str, ...]] = ("step",)
+    first_clock: ClassVar[tuple[float, ...]] = (0.0,)
+    saved_counters: ClassVar[tuple[str, ...]] = ("step",)
+    always: ClassVar[tuple[str, ...]] = ()
+    optional: ClassVar[Mapping[str, str]] = {}
+    initial: ClassVar[Mapping[str, str]] = {}
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """All state tensors there can be."""
+        return (*self.always, *self.optional)
+
+    def needed(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        """State tensors of a model with this parameter group."""
+        return (*self.always, *(name for name, key in self.optional.items() if group[key]))
+
+    def flags(self, columns: Mapping[str, Sequence[float]], switches: Mapping[str, bool]) -> dict[str, bool]:
+        """What decides the course of an update, as opposed to its numbers.
+
+        Args:
+            columns: Every number's values over the models.
+            switches: Every switch.
+        """
+        decays = any(columns["weight_decay"])
+        decoupled = switches.get("decoupled_weight_decay", False)
+        return {**switches, "penalty": decays and not decoupled, "shrink": decays and decoupled}
+
+    def state_names(self, flags: Mapping[str, bool]) -> tuple[str, ...]:
+        """State tensors that an update with these flags needs."""
+        return (*self.always, *(name for name, key in self.optional.items() if flags[key]))
+
+    def advance(
+        self, clock: Sequence[Value], hyper: Mapping[str, Value], flags: Mapping[str, bool]
+    ) -> list[Value]:
+        """Counters after one more step."""
+        return [clock[0] + 1.0]
+
+    def coefficients(
+        self, clock: Sequence[Value], hyper: Mapping[str, Value], flags: Mapping[str, bool]
+    ) -> dict[str, Any]:
+        """The numbers an update needs, from the advanced counters."""
+        raise NotImplementedError
+
+    def update(self, bucket: Bucket, numbers: Mapping[str, Any], flags: Mapping[str, bool]) -> None:
+        """Change the parameters and the state of a bucket."""
+        raise NotImplementedError
+
+
+def _momentum_flags(momenta: Sequence[float]) -> dict[str, bool]:
+    """Whether any model has momentum, and whether some have and some have not."""
+    return {"momentum": any(momenta), "some_without": any(momenta) and not all(momenta)}
+
+
+class _SGD(Rule):
+    """Stochastic gradient descent, with momentum, dampening and Nesterov momentum.
+
+    Its counter says how often a momentum buffer was used, up to two: the first time the buffer is the
+    gradient itself, without dampening.
+    """
+
+    numbers = ("lr", "momentum", "dampening", "weight_decay")
+    switches = ("nesterov", "maximize")
+    counters = ("uses",)
+    saved_counters = ()
+    optional: ClassVar[Mapping[str, str]] = {"momentum_buffer": "momentum"}
+
+    def flags(self, columns: Mapping[str, Sequence[float]], switches: Mapping[str, bool]) -> dict[str, bool]:
+        return {**super().flags(columns, switches), **_momentum_flags(columns["momentum"])}
+
+    def advance(
+        self, clock: Sequence[Value], hyper: Mapping[str, Value], flags: Mapping[str, bool]
+    ) -> list[Value]:
+        uses, momentum = clock[0], hyper["momentum"]
+        uses = uses + (momentum.ne(0) if isinstance(momentum, Tensor) else float(momentum != 0))
+        return [uses.clamp(max=2.0) if isinstance(uses, Tensor) else min(uses, 2.0)]
+
+    def coefficients(
+        self, clock: Sequence[Value], hyper: Mapping[str, Value], flags: Mapping[str, bool]
+    ) -> dict[str, Any]:
+        numbers: dict[str, Any] = {"lr": -hyper["lr"], "decay": hyper["weight_decay"]}
+        if flags["momentum"]:
+            uses, momentum, weight = clock[0], hyper["momentum"], 1.0 - hyper["dampening"]
+            numbers["momentum"] = momentum
+            if isinstance(uses, Tensor):
+                first = uses == 1.0
+                numbers |= {"keep": choose(first, 0.0, momentum), "weight": choose(first, 1.0, weight)}
+            else:
+                first_time = uses == 1.0
+                numbers |= {"keep": 0.0 if first_time else momentum, "weight": 1.0 if first_time else weight}
+            if flags["some_without"]:
+                numbers["with_momentum"] = momentum.ne(0)  # type: ignore[union-attr]
+        return numbers
+
+    def update(self, bucket: Bucket, numbers: Mapping[str, Any], flags: Mapping[str, bool]) -> None:
+        direction = bucket.gradients(flags, numbers["decay"])
+        if flags["momentum"]:
+            buffers = bucket.state["momentum_buffer"]
+            before = [buffer.clone() for buffer in buffers] if flags["some_without"] else buffers
+            scale_(buffers, bucket.rows(numbers["keep"]))
+            add_scaled_(buffers, direction, bucket.rows(numbers["weight"]))
+            new = buffers
+            if flags["nesterov"]:
+                momentum = bucket.rows(numbers["momentum"])
+                ahead = [one.clone() for one in direction]
+                add_scaled_(ahead, new, momentum)
+                new = ahead
+            if flags["some_without"]:
+                new = bucket.where(numbers["with_momentum"], new, direction)
+                copy_(buffers, bucket.where(numbers["with_momentum"], buffers, before))
+            direction = new
+        add_scaled_(bucket.params, direction, bucket.rows(numbers["lr"]))
+
+
+class _Adam(Rule):
+    """Adam and AdamW."""
+
+    numbers = ("lr", "betas", "eps", "weight_decay")
+    switches = ("amsgrad", "maximize", "decoupled_weight_decay")
+    always = ("exp_avg", "exp_avg_sq")
+    optional: ClassVar[Mapping[str, str]] = {"max_exp_avg_sq": "amsgrad"}
+
+    def coefficients(
+        self, clock: Sequence[Value], hyper: Mapping[str, Value], flags: Mapping[str, bool]
+    ) -> dict[str, Any]:
+        # lr / c1 * m / (sqrt(v) / sqrt(c2) + eps), with the whole-stack division by sqrt(c2) moved into two
+        # numbers.
+        root = (1.0 - hyper["beta2"] ** clock[0]) ** 0.5
+        return {
+            **_moment_numbers(hyper, flags),
+            "eps": hyper["eps"] * root,
+            "size": hyper["lr"] * (-root / (1.0 - hyper["beta1"] ** clock[0])),
+        }
+
+    def update(self, bucket: Bucket, numbers: Mapping[str, Any], flags: Mapping[str, bool]) -> None:
+        _, first, second = _moments(bucket, numbers, flags)
+        if flags["amsgrad"]:
+            torch._foreach_maximum_(bucket.state["max_exp_avg_sq"], second)
+            second = bucket.state["max_exp_avg_sq"]
+        scale = torch._foreach_sqrt(second)
+        add_(scale, bucket.rows(numbers["eps"]))
+        _shrink(bucket, numbers, flags)
+        add_quotient_(bucket.params, first, scale, bucket.rows(numbers["size"]))
+
+
+def _moment_numbers(hyper: Mapping[str, Value], flags: Mapping[str, bool]) -> dict[str, Value]:
+    """Numbers of the running averages and of weight decay in the Adam family."""
+    return {
+        "decay": hyper["weight_decay"],
+        "shrink": 1.0 - hyper["lr"] * hyper["weight_decay"] if flags["shrink"] else 1.0,
+        "first": 1.0 - hyper["beta1"],
+        "second_keep": hyper["beta2"],
+        "second": 1.0 - hyper["beta2"],
+    }
+
+
+def _moments(
+    bucket: Bucket, numbers: Mapping[str, Any], flags: Mapping[str, bool]
+) -> tuple[Tensors, Tensors, Tensors]:
+    """Gradients and the updated running averages of gradient and squared gradient."""
+    grads = bucket.gradients(flags, numbers["decay"])
+    first = bucket.state["exp_avg"]
+    lerp_(first, grads, bucket.rows(numbers["first"]))
+    second = bucket.state["exp_avg_sq"]
+    scale_(second, bucket.rows(numbers["second_keep"]))
+    add_product_(second, grads, grads, bucket.rows(numbers["second"]))
+    return grads, first, second
+
+
+def _shrink(bucket: Bucket, numbers: Mapping[str, Any], flags: Mapping[str, bool]) -> None:
+    """Decoupled weight decay."""
+    if flags["shrink"]:
+        scale_(bucket.params, bucket.rows(numbers["shrink"]))
+
+
+class _NAdam(Rule):
+    """Adam with Nesterov momentum; `mu_product` is the running product of its momentum schedule."""
+
+    numbers = ("lr", "betas", "eps", "weight_decay", "momentum_decay")
+    switches = ("maximize", "decoupled_weight_decay")
+    counters = ("step", "mu_product")
+    first_clock = (0.0, 1.0)
+    saved_counters = ("step", "mu_product")
+    always = ("exp_avg", "exp_avg_sq")
+
+    @staticmethod
+    def _momentum(step: Value, hyper: Mapping[str, Value]) -> Value:
+        return hyper["beta1"] * (1.0 - 0.5 * 0.96 ** (step * hyper["momentum_decay"]))
+
+    def advance(
+        self, clock: Sequence[Value], hyper: Mapping[str, Value], flags: Mapping[str, bool]
+    ) -> list[Value]:
+        step = clock[0] + 1.0
+        product, momentum = clock[1], self._momentum(step, hyper)
+        if flags["float64_counters"]:
+            return [step, product * momentum]
+        # torch.optim keeps this product in float32, and 1 - product magnifies the rounding.
+        if isinstance(product, Tensor) or isinstance(momentum, Tensor):
+            return [step, (_narrow(product) * _narrow(momentum)).double()]  # type: ignore[union-attr]
+        return [step, float(np.float32(product) * np.float32(momentum))]
+
+    def coefficients(
+        self, clock: Sequence[Value], hyper: Mapping[str, Value], flags: Mapping[str, bool]
+    ) -> dict[str, Any]:
+        step, product = clock
+        following = self._momentum(step + 1.0, hyper)
+        root = (1.0 - hyper["beta2"] ** step) ** 0.5
+        size = -hyper["lr"] * root
+        return {
+            **_moment_numbers(hyper, flags),
+            "eps": hyper["eps"] * root,
+            "gradient_size": size * (1.0 - self._momentum(step, hyper)) / (1.0 - product),
+            "average_size": size * following / (1.0 - product * following),
+        }
+
+    def update(self, bucket: Bucket, numbers: Mapping[str, Any], flags: Mapping[str, bool]) -> None:
+        grads, first, second = _moments(bucket, numbers, flags)
+        scale = torch._foreach_sqrt(second)
+        add_(scale, bucket.rows(numbers["eps"]))
+        _shrink(bucket, numbers, flags)
+        add_quotient_(bucket.params, grads, scale, bucket.rows(numbers["gradient_size"]))
+        add_quotient_(bucket.params, first, scale, bucket.rows(numbers["average_size"]))
+
+
+def _narrow(value: Value) -> Value:
+    """A number rounded to float32."""
+    return value.float() if isinstance(value, Tensor) else float(np.float32(value))
+
+
+class _RAdam(Rule):
+    """Rectified Adam: plain momentum until the variance of the second moment is tractable."""
+
+    numbers = ("lr", "betas", "eps", "weight_decay")
+    switches = ("maximize", "decoupled_weight_decay")
+    always = ("exp_avg", "exp_avg_sq")
+
+    def coefficients(
+        self, clock: Sequence[Value], hyper: Mapping[str, Value], flags: Mapping[str, bool]
+    ) -> dict[str, Any]:
+        step, beta2 = clock[0], hyper["beta2"]
+        power = beta2**step
+        limit = 2.0 / (1.0 - beta2) - 1.0
+        length = limit - 2.0 * step * power / (1.0 - power)
+        plain = -hyper["lr"] / (1.0 - hyper["beta1"] ** step)
+
+        def rectified() -> Value:
+            ratio = (length - 4.0) * (length - 2.0) * limit / ((limit - 4.0) * (limit - 2.0) * length)
+            return plain * ((1.0 - power) * ratio) ** 0.5
+
+        numbers = {**_moment_numbers(hyper, flags), "eps": hyper["eps"], "tractable": length > 5.0}
+        if isinstance(length, Tensor):
+            numbers["size"] = choose(length > 5.0, rectified(), plain)
+        else:
+            numbers["size"] = rectified() if length > 5.0 else plain
+        return numbers
+
+    def update(self, bucket: Bucket, numbers: Mapping[str, Any], flags: Mapping[str, bool]) -> None:
+        _, first, second = _moments(bucket, numbers, flags)
+        _shrink(bucket, numbers, flags)
+        size, tractable = bucket.rows(numbers["size"]), numbers["tractable"]
+        if tractable is False:
+            add_scaled_(bucket.params, first, size)
+        else:
+            scale: Tensors = torch._foreach_sqrt(second)
+            add_(scale, bucket.rows(numbers["eps"]))
+            if tractable is not True:
+                scale = bucket.where(tractable, scale, 1.0)
+            add_quotient_(bucket.params, first, scale, size)
+
+
+class _Adamax(Rule):
+    """Adam with the infinity norm."""
+
+    numbers = ("lr", "betas", "eps", "weight_decay")
+    always = ("exp_avg", "exp_inf")
+
+    def coefficients(
+        self, clock: Sequence[Value], hyper: Mapping[str, Value], flags: Mapping[str, bool]
+    ) -> dict[str, Any]:
+        return {
+            "decay": hyper["weight_decay"],
+            "first": 1.0 - hyper["beta1"],
+            "norm_keep": hyper["beta2"],
+            "eps": hyper["eps"],
+            "size": -hyper["lr"] / (1.0 - hyper["beta1"] ** clock[0]),
+        }
+
+    def update(self, bucket: Bucket, numbers: Mapping[str, Any], flags: Mapping[str, bool]) -> None:
+        grads = bucket.gradients(flags, numbers["decay"])
+        first = bucket.state["exp_avg"]
+        lerp_(first, grads, bucket.rows(numbers["first"]))
+        norm = bucket.state["exp_inf"]
+        scale_(norm, bucket.rows(numbers["norm_keep"]))
+        size = torch._foreach_abs(grads)
+        add_(size, bucket.rows(numbers["eps"]))
+        torch._foreach_maximum_(norm, size)
+        add_quotient_(bucket.params, first, norm, bucket.rows(numbers["size"]))
+
+
+class _RMSprop(Rule):
+    """Gradients divided by a running root mean square, optionally centered and with momentum."""
+
+    numbers = ("lr", "alpha", "eps", "weight_decay", "momentum")
+    switches = ("centered", "maximize")
+    always = ("square_avg",)
+    optional: ClassVar[Mapping[str, str]] = {"momentum_buffer": "momentum", "grad_avg": "centered"}
+
+    def flags(self, columns: Mapping[str, Sequence[float]], switches: Mapping[str, bool]) -> dict[str, bool]:
+        return {**super().flags(columns, switches), **_momentum_flags(columns["momentum"])}
+
+    def coefficients(
+        self, clock: Sequence[Value], hyper: Mapping[str, Value], flags: Mapping[str, bool]
+    ) -> dict[str, Any]:
+        numbers: dict[str, Any] = {
+            "decay": hyper["weight_decay"],
+            "keep": hyper["alpha"],
+            "new": 1.0 - hyper["alpha"],
+            "eps": hyper["eps"],
+            "momentum": hyper["momentum"],
+            "lr": -hyper["lr"],
+        }
+        if flags["some_without"]:
+            numbers["with_momentum"] = hyper["momentum"].ne(0)  # type: ignore[union-attr]
+        return numbers
+
+    def update(self, bucket: Bucket, numbers: Mapping[str, Any], flags: Mapping[str, bool]) -> None:
+        grads = bucket.gradients(flags, numbers["decay"])
+        square = bucket.state["square_avg"]
+        scale_(square, bucket.rows(numbers["keep"]))
+        add_product_(square, grads, grads, bucket.rows(numbers["new"]))
+        if flags["centered"]:
+            average = bucket.state["grad_avg"]
+            lerp_(average, grads, bucket.rows(numbers["new"]))
+            scale = torch._foreach_addcmul(square, average, average, value=-1.0)
+            torch._foreach_sqrt_(scale)
+        else:
+            scale = torch._foreach_sqrt(square)
+        add_(scale, bucket.rows(numbers["eps"]))
+        if flags["momentum"]:
+            direction = self._momentum_step(bucket, numbers, flags, grads, scale)
+            add_scaled_(bucket.params, direction, bucket.rows(numbers["lr"]))
+        else:
+            add_quotient_(bucket.params, grads, scale, bucket.rows(numbers["lr"]))
+
+    @staticmethod
+    def _momentum_step(
+        bucket: Bucket, numbers: Mapping[str, Any], flags: Mapping[str, bool], grads: Tensors, scale: Tensors
+    ) -> Tensors:
+        buffers = bucket.state["momentum_buffer"]
+        before = [buffer.clone() for buffer in buffers] if flags["some_without"] else buffers
+        scale_(buffers, bucket.rows(numbers["momentum"]))
+        torch._foreach_addcdiv_(buffers, grads, scale)
+        if not flags["some_without"]:
+            return buffers
+        direction = bucket.where(numbers["with_momentum"], buffers, torch._foreach_div(grads, scale))
+        copy_(buffers, bucket.where(numbers["with_momentum"], buffers, before))
+        return direction
+
+
+class _Adagrad(Rule):
+    """Gradients divided by the root of the sum of their squares."""
+
+    numbers = ("lr", "lr_decay", "weight_decay", "eps")
+    always = ("sum",)
+    initial: ClassVar[Mapping[str, str]] = {"sum": "initial_accumulator_value"}
+
+    def coefficients(
+        self, clock: Sequence[Value], hyper: Mapping[str, Value], flags: Mapping[str, bool]
+    ) -> dict[str, Any]:
+        return {
+            "decay": hyper["weight_decay"],
+            "eps": hyper["eps"],
+            "size": -hyper["lr"] / (1.0 + (clock[0] - 1.0) * hyper["lr_decay"]),
+        }
+
+    def update(self, bucket: Bucket, numbers: Mapping[str, Any], flags: Mapping[str, bool]) -> None:
+        grads = bucket.gradients(flags, numbers["decay"])
+        total = bucket.state["sum"]
+        torch._foreach_addcmul_(total, grads, grads)
+        scale = torch._foreach_sqrt(total)
+        add_(scale, bucket.rows(numbers["eps"]))
+        add_quotient_(bucket.params, grads, scale, bucket.rows(numbers["size"]))
+
+
+class _Adadelta(Rule):
+    """Step sizes from running averages of squared gradients and squared steps."""
+
+    numbers = ("lr", "rho", "eps", "weight_decay")
+    always = ("square_avg", "acc_delta")
+
+    def coefficients(
+        self, clock: Sequence[Value], hyper: Mapping[str, Value], flags: Mapping[str, bool]
+    ) -> dict[str, Any]:
+        return {
+            "decay": hyper["weight_decay"],
+            "keep": hyper["rho"],
+            "new": 1.0 - hyper["rho"],
+            "eps": hyper["eps"],
+            "lr": -hyper["lr"],
+        }
+
+    def update(self, bucket: Bucket, numbers: Mapping[str, Any], flags: Mapping[str, bool]) -> None:
+        grads = bucket.gradients(flags, numbers["decay"])
+        keep, weight, eps = (bucket.rows(numbers[name]) for name in ("keep", "new", "eps"))
+        square = bucket.state["square_avg"]
+        scale_(square, keep)
+        add_product_(square, grads, grads, weight)
+        step = [one.clone() for one in bucket.state["acc_delta"]]
+        add_(step, eps)
+        torch._foreach_sqrt_(step)
+        scale = [one.clone() for one in square]
+        add_(scale, eps)
+        torch._foreach_sqrt_(scale)
+        torch._foreach_div_(step, scale)
+        torch._foreach_mul_(step, grads)
+        squared_steps = bucket.state["acc_delta"]
+        scale_(squared_steps, keep)
+        add_product_(squared_steps, step, step, weight)
+        add_scaled_(bucket.params, step, bucket.rows(numbers["lr"]))
+
+
+RULES: dict[type[torch.optim.Optimizer], Rule] = {
+    torch.optim.SGD: _SGD(),
+    torch.optim.Adam: _Adam(),
+    torch.optim.AdamW: _Adam(),
+    torch.optim.NAdam: _NAdam(),
+    torch.optim.RAdam: _RAdam(),
+    torch.optim.Adamax: _Adamax(),
+    torch.optim.RMSprop: _RMSprop(),
+    torch.optim.Adagrad: _Adagrad(),
+    torch.optim.Adadelta: _Adadelta(),
+}
+
+
+class Static(NamedTuple):
+    """What a compiled update is specialised on; a change of it compiles anew."""
+
+    flags: tuple[tuple[str, bool], ...]
+    clock_of: tuple[int, ...]
+    """For each parameter, the index of its counters."""
+
+
+class UpdateInputs(NamedTuple):
+    """All that `apply_updates` needs beside gradients; it writes to `params`, `state` and `clocks`."""
+
+    rule: Rule
+    static: Static
+    params: list[Tensor]
+    """Stacks ``[num_models, ...]`` that get a gradient."""
+    state: dict[str, list[Tensor]]
+    """State tensors by name, aligned with `params`."""
+    clocks: list[list[Tensor]]
+    """Counters, each float64 ``[num_models]``."""
+    hyper: dict[str, Tensor]
+    """Hyper-parameters, each float64 ``[num_models]``."""
+
+
+def advanced(
+    rule: Rule,
+    clock: Sequence[Value],
+    hyper: Mapping[str, Value],
+    flags: Mapping[str, bool],
+    active: Tensor | None,
+) -> tuple[list[Value], dict[str, Any]]:
+    """Counters after a step, which inactive models do not take, and the numbers of that step."""
+    ticked = rule.advance(clock, hyper, flags)
+    numbers = rule.coefficients(ticked, hyper, flags)
+    if active is not None:
+        ticked = [choose(active, new, old) for new, old in zip(ticked, clock, strict=True)]
+    return ticked, numbers
+
+
+def update_bucket(
+    rule: Rule,
+    bucket: Bucket,
+    numbers: Mapping[str, Any],
+    flags: Mapping[str, bool],
+    active: Tensor | None,
+    *,
+    look: bool = False,
+) -> None:
+    """Update the active models of a bucket and leave every bit of the others.
+
+    Args:
+        rule: The optimizer's rule.
+        bucket: What to update.
+        numbers: The step's coefficients.
+        flags: The step's flags.
+        active: Which models may change, bool ``[num_models]``; None for all.
+        look: Whether the mask may be looked at, which waits for its device. That copies inactive models only.
+    """
+    if active is None:
+        rule.update(bucket, numbers, flags)
+        return
+    own = active if bucket.models is None else active[bucket.models]
+    tensors = bucket.tensors()
+    if look:
+        frozen = (~own).nonzero().view(-1)
+        if frozen.numel() == own.numel():
+            return
+        frozen = frozen.to(tensors[0].device)
+        kept = [tensor.index_select(0, frozen) for tensor in tensors]
+        rule.update(bucket, numbers, flags)
+        for tensor, rows in zip(tensors, kept, strict=True):
+            tensor.index_copy_(0, frozen, rows)
+    else:
+        before = [tensor.clone() for tensor in tensors]
+        rule.update(bucket, numbers, flags)
+        for tensor, old, mask in zip(tensors, before, spread(own, tensors), strict=True):
+            tensor.copy_(torch.where(mask, tensor, old))
+
+
+def as_real(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Complex tensors as pairs of real numbers, which is how every optimizer treats them."""
+    return [torch.view_as_real(one.resolve_conj()) if one.is_complex() else one for one in tensors]
+
+
+def apply_updates(
+    rule: Rule,
+    static: Static,
+    params: list[Tensor],
+    grads: Sequence[Tensor],
+    state: Mapping[str, list[Tensor]],
+    clocks: Sequence[Sequence[Tensor]],
+    hyper: Mapping[str, Tensor],
+    active: Tensor | None = None,
+) -> None:
+    """One optimizer step as in-place tensor operations on what it is passed, for use inside `torch.compile`.
+
+    `StackedOptimizer.update_inputs()` gives everything but the last two. Nothing is read on the host and no
+    hyper-parameter is a constant of the graph, so that a schedule compiles nothing new.
+
+    Args:
+        rule: The optimizer's rule.
+        static: What the graph may depend on.
+        params: Stacks ``[num_models, ...]``.
+        grads: Their gradients, aligned with `params`.
+        state: State tensors by name, aligned with `params`.
+        clocks: Counters, float64 ``[num_models]`` each.
+        hyper: Hyper-parameters, float64 ``[num_models]`` each.
+        active: Which models may change, bool ``[num_models]``; None for all.
+
+    Example:
+        >>> from mb_torch.vmap.optim import make_optimizer
+        >>> weight = torch.nn.Parameter(torch.ones(2, 3))
+        >>> optimizer = make_optimizer(torch.optim.SGD, [{"lr": 0.1}, {"lr": 0.5}], {"weight": weight}, 2)
+        >>> inputs = optimizer.update_inputs()
+        >>> rule, static, params, state, clocks, hyper = inputs
+        >>> apply_updates(rule, static, params, [torch.ones(2, 3)], state, clocks, hyper)
+        >>> weight[:, 0].tolist()
+        [0.8999999761581421, 0.5]
+    """
+    flags = dict(static.flags)
+    for index, clock in enumerate(clocks):
+        ticked, numbers = advanced(rule, clock, hyper, flags, active)
+        by_dtype: dict[torch.dtype, list[int]] = {}
+        for position, owner in enumerate(static.clock_of):
+            if owner == index:
+                by_dtype.setdefault(params[position].dtype, []).append(position)
+        for positions in by_dtype.values():
+            bucket = Bucket(
+                as_real([params[k] for k in positions]),
+                as_real([grads[k] for k in positions]),
+                {name: as_real([tensors[k] for k in positions]) for name, tensors in state.items()},
+            )
+            update_bucket(rule, bucket, numbers, flags, active)
+        for old, new in zip(clock, ticked, strict=True):
+            old.copy_(new)  # type: ignore[arg-type]
