@@ -252,9 +252,7 @@ class GradScaler:
         if not self.enabled:
             return
         if not self._finite:
-            raise InvalidInput(
-                "GradScaler.update", received="no gradients", fix="Call step(optimizer) first."
-            )
+            raise InvalidInput("GradScaler.update", received="no gradients", fix="Call step(optimizer) first.")
         self.record(torch.stack([finite.to(self.scales.device) for finite in self._finite.values()]).all(0))
         self._stages.clear()
         self._finite.clear()
@@ -317,7 +315,5 @@ class GradScaler:
 
     def __getstate__(self) -> dict[str, Any]:
         if self._finite:
-            raise InvalidInput(
-                "a GradScaler cannot be pickled within an iteration", fix="Pickle it after update()."
-            )
+            raise InvalidInput("a GradScaler cannot be pickled within an iteration", fix="Pickle it after update().")
         return dict(self.__dict__)

@@ -22,6 +22,8 @@ from mb_torch.errors import IncompatibleModels
 
 _STATE_DICTS = frozenset({"_parameters", "_buffers", "_modules"})
 _DERIVED = frozenset({"_flat_weights", "_flat_weight_refs"})
+# Built-in functions have no code to compare; only the very same one is the same.
+_BUILT_IN = (types.BuiltinFunctionType, types.MethodWrapperType, types.MethodDescriptorType, torch._ops.OpOverload)
 _VALUES = (
     int,
     float,
@@ -67,11 +69,12 @@ class _Comparison:
     def __init__(self, reference: nn.Module, model: nn.Module, ignore: frozenset[str]) -> None:
         self.reference, self.model, self.ignore = reference, model, ignore
         self.registered = _registered(reference), _registered(model)
-        self.seen: set[tuple[int, int]] = set()
+        # Pairs compared before, kept alive: the id of a temporary would be given out again.
+        self.seen: dict[tuple[int, int], tuple[Any, Any]] = {}
 
     def first_difference(self) -> str | None:
         ours, theirs = (dict(m.named_modules(remove_duplicate=False)) for m in (self.reference, self.model))
-        if ours.keys() != theirs.keys():
+        if list(ours) != list(theirs):
             return f"its submodules differ: {_key_difference(ours, theirs)}"
         for name, module in ours.items():
             found = self._module(name, module, theirs[name])
@@ -92,7 +95,7 @@ class _Comparison:
         return self._attributes(prefix, vars(a), vars(b), skip=_STATE_DICTS | _DERIVED | recomputed)
 
     def _tensors(self, prefix: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
-        if a.keys() != b.keys():
+        if list(a) != list(b):
             return f"its tensors differ: {_key_difference(a, b, prefix)}"
         for name, ours in a.items():
             theirs = b[name]
@@ -133,7 +136,7 @@ class _Comparison:
             return f"{where} is {_shown(b)}, in model 0 {_shown(a)}"
         if isinstance(a, _VALUES):
             return None if a == b or a != a else f"{where} is {_shown(b)}, in model 0 {_shown(a)}"
-        self.seen.add((id(a), id(b)))
+        self.seen[id(a), id(b)] = a, b
         return self._objects(a, b, where)
 
     def _objects(self, a: Any, b: Any, where: str) -> str | None:
@@ -156,6 +159,8 @@ class _Comparison:
             return self._values((a.__func__, a.__self__), (b.__func__, b.__self__), where)
         if isinstance(a, types.FunctionType):
             return self._functions(a, b, where)
+        if isinstance(a, _BUILT_IN):
+            return None if a == b else f"{where} is {b!r}, in model 0 {a!r}"
         if isinstance(a, nn.Module) or dataclasses.is_dataclass(a) or isinstance(a, types.SimpleNamespace):
             return self._attributes(f"{where}.", vars(a), vars(b))
         return None
@@ -195,7 +200,7 @@ class _Comparison:
         if any(self._classes(x, y, "") is not None for x, y in zip(a.__bases__, b.__bases__, strict=True)):
             return different
         own = [{k: v for k, v in vars(c).items() if isinstance(v, types.FunctionType)} for c in (a, b)]
-        self.seen.add((id(a), id(b)))
+        self.seen[id(a), id(b)] = a, b
         if own[0].keys() != own[1].keys() or self._values(own[0], own[1], where) is not None:
             return different
         return None

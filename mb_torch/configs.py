@@ -12,9 +12,7 @@ from mb_torch.errors import InvalidInput, ModelBatchError
 T = TypeVar("T")
 
 
-def check_configs(
-    configs: Sequence[Mapping[str, Any]], count: int, what: str = "configs"
-) -> list[dict[str, Any]]:
+def check_configs(configs: Sequence[Mapping[str, Any]], count: int, what: str = "configs") -> list[dict[str, Any]]:
     """Return copies of the configurations, after checking that there is one per model.
 
     Args:
@@ -32,14 +30,10 @@ def check_configs(
     if isinstance(configs, (str, Mapping)) or not isinstance(configs, Sequence):
         raise InvalidInput(what, received=type(configs).__name__, expected=f"a list of {count} dicts")
     if len(configs) != count:
-        raise InvalidInput(
-            what, received=f"{len(configs)} configurations", expected=f"{count}, one for each model"
-        )
+        raise InvalidInput(what, received=f"{len(configs)} configurations", expected=f"{count}, one for each model")
     for model, config in enumerate(configs):
         if not isinstance(config, Mapping) or not all(isinstance(key, str) for key in config):
-            raise InvalidInput(
-                f"model {model}: {what}[{model}]", received=config, expected="a dict of keywords"
-            )
+            raise InvalidInput(f"model {model}: {what}[{model}]", received=config, expected="a dict of keywords")
     return [dict(config) for config in configs]
 
 

@@ -25,7 +25,7 @@ from mb_torch.state import (
     model_states,
     select_models,
 )
-from mb_torch.targets import batch_length, loss_accepts, targets_are_shared
+from mb_torch.targets import batch_length, check_targets_may_be_shared, loss_accepts, targets_are_shared
 from mb_torch.train_step import TrainStep, make_joint_step
 
 _LEFT_OUT: Any = object()
@@ -114,7 +114,7 @@ class ModelBatch(nn.Module):
         streams: RandomStreams | None,
     ) -> None:
         super().__init__()
-        if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
             raise InvalidInput("chunk_size", received=repr(chunk_size), expected="a positive integer or None")
         self.num_models = num_models
         self.shared_input = shared_input
@@ -128,17 +128,30 @@ class ModelBatch(nn.Module):
 
     @classmethod
     def from_factory(
-        cls, factory: Callable[[], nn.Module], seeds: Sequence[int], shared_input: bool = True, **options: Any
+        cls,
+        factory: Callable[[], nn.Module],
+        seeds: Sequence[int],
+        shared_input: bool = True,
+        *,
+        own_streams: bool = True,
+        backend: str | None = None,
+        chunk_size: int | None = None,
+        device: torch.device | str | None = None,
+        ignore: Collection[str] = (),
     ) -> ModelBatch:
         """Build a batch model by model, so that no more than one model exists beside the stacks.
 
         Args:
             factory: Makes one model. It is called once per seed, after ``torch.manual_seed(seed)``; the global
                 generator is put back afterwards.
-            seeds: One per model, for the initial weights. They also become the models' random streams (``seeds=``
-                of the constructor); pass ``seeds=None`` in ``options`` for torch's global generator.
+            seeds: One integer per model, for its initial weights.
             shared_input: As in the constructor.
-            **options: Other keyword arguments of the constructor.
+            own_streams: Whether the seeds also become the models' random streams (``seeds=`` of the constructor).
+                Otherwise models draw from torch's global generator.
+            backend: As in the constructor.
+            chunk_size: As in the constructor.
+            device: As in the constructor.
+            ignore: As in the constructor.
 
         Returns:
             A batch of ``len(seeds)`` models.
@@ -150,20 +163,19 @@ class ModelBatch(nn.Module):
         seeds = list(seeds)
         if not seeds:
             raise InvalidInput("from_factory", received="no seeds", expected="at least one")
-        name = resolve_backend_name(options.pop("backend", None))
-        stream_seeds = options.pop("seeds", seeds)
-        streams = None if stream_seeds is None else RandomStreams(stream_seeds, len(seeds))
-        chunk_size = options.pop("chunk_size", None)
+        name = resolve_backend_name(backend)
+        streams = RandomStreams(seeds, len(seeds))
         builder: StackBuilder | None = None
         with torch.random.fork_rng():
             for seed in seeds:
                 torch.manual_seed(seed)
                 model = factory()
-                builder = builder or StackBuilder(model, len(seeds), **options)
+                builder = builder or StackBuilder(model, len(seeds), device=device, ignore=ignore)
                 builder.add(model)
         assert builder is not None
         batch = cls.__new__(cls)
-        batch._set_up(name, *builder.finish(), len(seeds), shared_input, chunk_size, streams)
+        own = streams if own_streams else None
+        batch._set_up(name, *builder.finish(), len(seeds), shared_input, chunk_size, own)
         return batch
 
     @property
@@ -274,11 +286,8 @@ class ModelBatch(nn.Module):
                 batch=batch_length(outputs, model_axis=True),
                 loss_fits=loss_accepts(loss_fn, first),
             )
-        if shared_targets and rows_of(outputs) is not None:
-            raise InvalidInput(
-                "the outputs belong to routed inputs, but the targets are shared",
-                fix="Route the targets too: route_batch(inputs, masks=..., targets=targets).",
-            )
+        if shared_targets:
+            check_targets_may_be_shared(outputs)
         losses = self.backend.losses(loss_fn, outputs, targets, shared_targets=shared_targets)
         self.latest_losses = losses.detach()
         if reduction == "none":
@@ -286,6 +295,11 @@ class ModelBatch(nn.Module):
         return losses.mean() if reduction == "mean" else losses.sum()
 
     def _with_rows(self, trees: Any, weights: Tensor) -> Any:
+        batch = batch_length(trees[0], model_axis=True)
+        if weights.shape != (self.num_models, batch):
+            raise InvalidInput(
+                "weights", received=f"shape {tuple(weights.shape)}", expected=f"[{self.num_models}, {batch}]"
+            )
         rows = rows_from_weights(weights)
         if rows is None:
             return trees
@@ -451,7 +465,7 @@ class ModelBatch(nn.Module):
                 tensor[destination].copy_(tensor[source])
 
     def _index(self, index: int) -> int:
-        if isinstance(index, bool) or not -self.num_models <= index < self.num_models:
+        if type(index) is not int or not -self.num_models <= index < self.num_models:
             raise InvalidInput("model number", received=repr(index), expected=f"0 to {self.num_models - 1}")
         return index % self.num_models
 

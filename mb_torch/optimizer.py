@@ -141,9 +141,7 @@ def create_adam_configs(
         >>> create_adam_configs([0.1])
         [{'lr': 0.1, 'betas': (0.9, 0.999), 'eps': 1e-08, 'weight_decay': 0.0}]
     """
-    return [
-        {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay} for lr in learning_rates
-    ]
+    return [{"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay} for lr in learning_rates]
 
 
 def create_lr_sweep_configs(
@@ -165,9 +163,7 @@ def create_lr_sweep_configs(
         [0.001, 0.01, 0.1]
     """
     if scale not in ("log", "linear"):
-        raise InvalidInput(
-            "create_lr_sweep_configs: scale", received=repr(scale), expected="'log' or 'linear'"
-        )
+        raise InvalidInput("create_lr_sweep_configs: scale", received=repr(scale), expected="'log' or 'linear'")
     if isinstance(num_models, bool) or not isinstance(num_models, int) or num_models < 1:
         raise InvalidInput("create_lr_sweep_configs: num_models", received=num_models, expected="at least 1")
     smallest = 0.0 if scale == "linear" else math.ulp(0.0)

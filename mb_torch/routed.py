@@ -91,7 +91,6 @@ class RoutedTensor(Tensor):
                 fix="Copy tensor.detach(), or use tensor.clone() to stay differentiable.",
             )
         duplicate = _rebuild(copy.deepcopy(self.plain().detach(), memo), self.rows, self.requires_grad)
-        memo[id(self)] = duplicate
         if self.grad is not None:
             duplicate.grad = copy.deepcopy(self.grad, memo)
         return duplicate

@@ -18,9 +18,7 @@ from mb_torch.configs import call_with_config, check_configs
 from mb_torch.errors import InvalidInput, Unsupported
 
 
-def create_lr_scheduler(
-    optimizer: Optimizer, scheduler_cls: type, configs: Sequence[Mapping[str, Any]]
-) -> list[Any]:
+def create_lr_scheduler(optimizer: Optimizer, scheduler_cls: type, configs: Sequence[Mapping[str, Any]]) -> list[Any]:
     """Return a list of schedulers, one per parameter group.
 
     Step each of them once per epoch (or step), a ``ReduceLROnPlateau`` with its model's own metric. To
@@ -54,9 +52,7 @@ def create_lr_scheduler(
         [0.5, 0.1]
     """
     if not isinstance(optimizer, Optimizer):
-        raise InvalidInput(
-            "create_lr_scheduler", received=type(optimizer).__name__, expected="a torch.optim.Optimizer"
-        )
+        raise InvalidInput("create_lr_scheduler", received=type(optimizer).__name__, expected="a torch.optim.Optimizer")
     own = check_configs(configs, len(optimizer.param_groups), "scheduler configs")
     watch = _StepWatch(optimizer)
     before = [dict(group) for group in optimizer.param_groups]
@@ -163,9 +159,7 @@ class GroupView(Optimizer):
 
     def step(self, closure: Any = None) -> NoReturn:
         """Raise `Unsupported`: models are stepped together."""
-        raise Unsupported(
-            "a scheduler's optimizer is one group of the real one", fix="Step the real optimizer."
-        )
+        raise Unsupported("a scheduler's optimizer is one group of the real one", fix="Step the real optimizer.")
 
     # Tells torch's schedulers that calls of step() are watched, so that they do not replace it.
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]

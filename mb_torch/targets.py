@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mb_torch.errors import InvalidInput
-from mb_torch.routed import RoutedTensor
+from mb_torch.routed import RoutedTensor, rows_of
 
 _ADVICE = "Pass shared_targets=True (all models get the same) or shared_targets=False (a leading model axis)."
 
@@ -57,6 +57,15 @@ def targets_are_shared(
         f"[{num_models}, {batch if batch is not None else 'batch'}, ...] if per model",
         fix=_ADVICE,
     )
+
+
+def check_targets_may_be_shared(data: Any) -> None:
+    """Raise `InvalidInput` if the data is routed: rows that differ between models have targets that do."""
+    if rows_of(data) is not None:
+        raise InvalidInput(
+            "the rows are routed to the models, but the targets are shared",
+            fix="Route the targets too: route_batch(inputs, masks=..., targets=targets).",
+        )
 
 
 def loss_accepts(loss_fn: Callable[..., Any], outputs: Any) -> Callable[[Any], bool]:

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from mb_torch.backend import Step, StepSpec
 from mb_torch.errors import InvalidInput
-from mb_torch.targets import batch_length, loss_accepts, targets_are_shared
+from mb_torch.targets import batch_length, check_targets_may_be_shared, loss_accepts, targets_are_shared
 
 if TYPE_CHECKING:
     from mb_torch.core import ModelBatch
@@ -80,7 +80,8 @@ class TrainStep:
             ``aux=True`` a pair of these and the ``aux`` of all models.
         """
         self._check(inputs)
-        losses, aux = self._step(inputs, targets, shared_targets=self._targets_shared(inputs, targets))
+        shared_targets = self._targets_shared(inputs, targets)
+        losses, aux = self._step(inputs, targets, shared_targets=shared_targets)
         return self._report(losses, losses, aux)
 
     def run(self, batches: Iterable[tuple[Any, Any]]) -> Any:
@@ -101,7 +102,10 @@ class TrainStep:
         return self._report(losses, losses[-1], aux)
 
     def flush(self) -> None:
-        """Update with what has been accumulated so far (``accumulate > 1``), at the end of an epoch say."""
+        """Update with what has been accumulated so far (``accumulate > 1``), at the end of an epoch say.
+
+        Fewer calls than ``accumulate`` still count ``1 / accumulate`` each.
+        """
         self._step.flush()
 
     def _check(self, inputs: Any) -> None:
@@ -116,6 +120,12 @@ class TrainStep:
         return (losses, aux) if self._spec.aux else losses
 
     def _targets_shared(self, inputs: Any, targets: Any) -> bool:
+        shared = self._decide_shared(inputs, targets)
+        if shared:
+            check_targets_may_be_shared(inputs)
+        return shared
+
+    def _decide_shared(self, inputs: Any, targets: Any) -> bool:
         if self._shared_targets is not None:
             return self._shared_targets
         shapes = tuple(getattr(leaf, "shape", None) for leaf in pytree.tree_leaves((inputs, targets)))
@@ -175,7 +185,8 @@ def make_joint_step(
         shared_args: Arguments that all models share.
         clip_norm: Clip each model's gradient, over all batches together, to this norm; one number or
             ``[num_models]``. Default: no clipping.
-        accumulate: Make an update every so many calls, with the mean of their gradients; see `TrainStep.flush`.
+        accumulate: Make an update every so many calls. Each call adds ``1 / accumulate`` of its gradient (of those
+            models that are active in it), as a loop that divides its loss does; see `TrainStep.flush`.
         active: ``[num_models]`` bool. A model that is not active is frozen wholly: parameters, buffers, optimizer
             state and decay, to the bit. Default: all are.
         scaler: `mb_torch.GradScaler` (one scale per model) or ``torch.amp.GradScaler`` for float16; it is updated by

@@ -68,7 +68,7 @@ class BatchableTransformerEncoderLayer(nn.TransformerEncoderLayer):
     """`torch.nn.TransformerEncoderLayer` that also runs under vmap in evaluation."""
 
     @property
-    def activation_relu_or_gelu(self) -> int:
+    def activation_relu_or_gelu(self) -> int:  # type: ignore[override]
         """Which activation the fast path may fuse; none (0) under vmap, which rules the fast path out."""
         return 0 if under_vmap() else self.__dict__["activation_relu_or_gelu"]
 
@@ -77,7 +77,7 @@ class BatchableTransformerEncoder(nn.TransformerEncoder):
     """`torch.nn.TransformerEncoder` that also runs under vmap in evaluation."""
 
     @property
-    def use_nested_tensor(self) -> bool:
+    def use_nested_tensor(self) -> bool:  # type: ignore[override]
         """Whether rows of different length may be run as a nested tensor; never under vmap."""
         return False if under_vmap() else self.__dict__["use_nested_tensor"]
 

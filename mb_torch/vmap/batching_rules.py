@@ -10,13 +10,14 @@ Source: "Writing batching rules", https://github.com/pytorch/pytorch/blob/main/a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_functorch_interpreter
 from torch.utils import _pytree as pytree
 
 _KEY = "FuncTorchBatched"
@@ -68,6 +69,11 @@ def _interpolate_in_place(self: Tensor, end: Tensor, weight: float) -> Tensor:
     return self.copy_(torch.lerp(self, end, weight))
 
 
+@_rule("index_copy_")
+def _copy_rows_in_place(self: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    return self.copy_(torch.index_copy(self, dim, index, source))
+
+
 @_rule("tril_")
 def _lower_triangle_in_place(self: Tensor, diagonal: int = 0) -> Tensor:
     return self.copy_(self.tril(diagonal))
@@ -100,9 +106,7 @@ def _weight_norm_and_norms(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, 
 
 
 @_rule("_weight_norm_interface_backward")
-def _weight_norm_backward(
-    grad: Tensor, v: Tensor, g: Tensor, norms: Tensor, dim: int
-) -> tuple[Tensor, Tensor]:
+def _weight_norm_backward(grad: Tensor, v: Tensor, g: Tensor, norms: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     axes = [axis for axis in range(v.dim()) if axis != dim]
     along = (grad * v).sum(axes, keepdim=True) / norms
     return (g / norms) * (grad - v * (along / norms)), along
@@ -138,6 +142,43 @@ def _unpack(
     return (padded.transpose(0, 1) if batch_first else padded), lengths
 
 
+def mapped_models() -> int | None:
+    """How many models the one vmap in force runs; None if other transformations are in force as well, or none.
+
+    Example:
+        >>> seen = []
+        >>> _ = torch.vmap(lambda x: (seen.append(mapped_models()), x)[1])(torch.ones(5))
+        >>> seen, mapped_models()
+        ([5], None)
+    """
+    if not under_vmap():
+        return None
+    interpreter = retrieve_current_functorch_interpreter()
+    return interpreter.batch_size() if isinstance(interpreter, VmapInterpreter) and interpreter.level() == 1 else None
+
+
+def each_alone(operation: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Run an operation that vmap cannot batch for one model after another, where `mapped_models` gives a number.
+
+    Args:
+        operation: Takes the tensors of one model and returns tensors.
+        tensors: What it takes.
+
+    Returns:
+        What it returns, as tensors that stand for all models again.
+    """
+    interpreter = retrieve_current_functorch_interpreter()
+    level = interpreter.level()
+    with interpreter.lower():
+        pairs = [_functorch._unwrap_batched(tensor, level) for tensor in tensors]
+        columns = [
+            [tensor] * interpreter.batch_size() if axis is None else tensor.unbind(axis) for tensor, axis in pairs
+        ]
+        results = [operation(*own) for own in zip(*columns, strict=True)]
+        stacked = [torch.stack(parts) for parts in zip(*results, strict=True)]
+        return tuple(_functorch._add_batch_dim(stack, 0, level) for stack in stacked)
+
+
 def _merged(operation: Callable[..., Any], *tensors: Tensor | None) -> Any:
     """Run an operation once on the rows of all models.
 
@@ -148,10 +189,9 @@ def _merged(operation: Callable[..., Any], *tensors: Tensor | None) -> Any:
     Returns:
         What it returns, for one model.
     """
-    interpreter = retrieve_current_functorch_interpreter()
-    level = interpreter.level()
+    level = retrieve_current_functorch_interpreter().level()
     pairs = [(None, None) if tensor is None else _functorch._unwrap_batched(tensor, level) for tensor in tensors]
-    num_models = next(tensor.shape[axis] for tensor, axis in pairs if axis is not None)
+    num_models = next(tensor.shape[axis] for tensor, axis in pairs if tensor is not None and axis is not None)
 
     def merge(tensor: Tensor | None, axis: int | None) -> Tensor | None:
         if tensor is None:
@@ -165,6 +205,43 @@ def _merged(operation: Callable[..., Any], *tensors: Tensor | None) -> Any:
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)):
         result = operation(*(merge(*pair) for pair in pairs))
         return pytree.tree_map(separate, result)
+
+
+def _look_up(
+    weight: Tensor, indices: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
+) -> Tensor:
+    """Embedding whose padding row gets no gradient in any model.
+
+    torch's own rule joins the tables of all models to one and moves the indices, but not ``padding_idx``: where
+    indices are per model, only model 0's padding row would be left alone.
+    """
+    if padding_idx >= 0:
+        is_padding = torch.arange(weight.shape[0], device=weight.device).unsqueeze(1) == padding_idx
+        weight = torch.where(is_padding, weight.detach(), weight)
+    level = retrieve_current_functorch_interpreter().level()
+    table, table_axis = _functorch._unwrap_batched(weight, level)
+    places, places_axis = _functorch._unwrap_batched(indices, level)
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)):
+        if table_axis is None:
+            assert places_axis is not None  # vmap calls a rule only where something is per model
+            rows = torch.embedding(table, places, -1, scale_grad_by_freq)
+            return _functorch._add_batch_dim(rows, places_axis, level)
+        table = table.movedim(table_axis, 0)
+        num_models, num_rows = table.shape[:2]
+        if places_axis is None:
+            side_by_side = table.transpose(0, 1).flatten(1)
+            rows = torch.embedding(side_by_side, places, -1, scale_grad_by_freq)
+            return _functorch._add_batch_dim(rows.unflatten(-1, (num_models, -1)), places.dim(), level)
+        places = places.movedim(places_axis, 0)
+        first_rows = torch.arange(num_models, device=places.device).view(-1, *[1] * (places.dim() - 1)) * num_rows
+        rows = torch.embedding(table.flatten(0, 1), places + first_rows, -1, scale_grad_by_freq)
+        return _functorch._add_batch_dim(rows, 0, level)
+
+
+with warnings.catch_warnings():
+    # torch warns of every rule that replaces one of its own.
+    warnings.simplefilter("ignore")
+    _registry.impl("embedding", _look_up, _KEY, allow_override=True)
 
 
 def _split_mask(mask: Tensor | None, rows: int) -> tuple[Tensor | None, Tensor | None]:
@@ -193,11 +270,11 @@ def _attend(
 
     def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         mask = shared if mask is None else mask
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # type: ignore[no-any-return]
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, dropout_p, is_causal, attn_mask=mask, scale=scale
         )
 
-    return _merged(run, query, key, value, own)  # type: ignore[no-any-return]
+    return _merged(run, query, key, value, own)
 
 
 @_rule("_scaled_dot_product_flash_attention_for_cpu_backward")
@@ -219,19 +296,19 @@ def _attend_backward(
     def run(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         *rest, mask = tensors
         mask = shared if mask is None else mask
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(  # type: ignore[no-any-return]
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *rest, dropout_p, is_causal, attn_mask=mask, scale=scale
         )
 
-    return _merged(run, grad, query, key, value, out, logsumexp, own)  # type: ignore[no-any-return]
+    return _merged(run, grad, query, key, value, out, logsumexp, own)
 
 
 @_rule("max_unpool2d")
 def _unpool(self: Tensor, indices: Tensor, output_size: list[int]) -> Tensor:
     def run(values: Tensor, places: Tensor) -> Tensor:
-        return torch.ops.aten.max_unpool2d(values, places, output_size)  # type: ignore[no-any-return]
+        return torch.ops.aten.max_unpool2d(values, places, output_size)
 
-    return _merged(run, self, indices)  # type: ignore[no-any-return]
+    return _merged(run, self, indices)
 
 
 @_rule("fractional_max_pool2d")
@@ -239,11 +316,9 @@ def _pool_fractionally(
     self: Tensor, kernel_size: list[int], output_size: list[int], random_samples: Tensor
 ) -> tuple[Tensor, Tensor]:
     def run(images: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ops.aten.fractional_max_pool2d(  # type: ignore[no-any-return]
-            images, kernel_size, output_size, samples
-        )
+        return torch.ops.aten.fractional_max_pool2d(images, kernel_size, output_size, samples)
 
     if self.dim() == 4:
-        return _merged(run, self, random_samples)  # type: ignore[no-any-return]
+        return _merged(run, self, random_samples)
     pooled, indices = _merged(run, self.unsqueeze(0), random_samples)
     return pooled.squeeze(0), indices.squeeze(0)

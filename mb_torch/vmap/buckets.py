@@ -114,8 +114,17 @@ class Bucket:
         return spread(values if self.models is None else values[self.models], self.params)
 
     def rows(self, value: Value) -> Rows:
-        """A coefficient as a float or as rows in the parameters' dtype."""
-        return self.spread(value.to(self.row_dtype)) if isinstance(value, Tensor) else value
+        """A coefficient as rows in the parameters' dtype, or as a float if there is one model only.
+
+        Several models get rows even where they agree: torch rounds ``x.addcmul_(y, z, value=number)`` and its like
+        otherwise than the same with rows, so a value that one model changes would change the others' last bits.
+        """
+        if isinstance(value, Tensor):
+            return self.spread(value.to(self.row_dtype))
+        like = self.params[0]
+        if like.shape[0] == 1:
+            return value
+        return spread(torch.full(like.shape[:1], value, dtype=self.row_dtype, device=like.device), self.params)
 
     def where(self, models: Tensor, chosen: Tensors, others: Tensors | float) -> Tensors:
         """Take `chosen` for the models, bool ``[num_models]``, and `others` elsewhere."""

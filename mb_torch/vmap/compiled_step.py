@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mb_torch.clipping import clip_gradients_
+from mb_torch.vmap.autocast import honoured_autocast
 from mb_torch.vmap.compiled import CompiledFunction
 from mb_torch.vmap.mapping import ModelMap, split_leaves
 from mb_torch.vmap.update_rules import UpdateInputs, apply_updates
@@ -158,7 +159,8 @@ class CompiledStep:
             tensors = [list(own) for own in tensors]
             for (definition, position), tensor in zip(used, trained, strict=True):
                 tensors[definition][position] = tensor
-            outputs, replaced = self._models.one(tensors, key, with_mapped(mapped))
+            with honoured_autocast():
+                outputs, replaced = self._models.one(tensors, key, with_mapped(mapped))
             value = outputs[0] if scale is None else outputs[0] * scale
             return value, (outputs, replaced)
 

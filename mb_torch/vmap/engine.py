@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mb_torch.backend import Backend, BatchSpec, Capabilities, Step, StepSpec
 from mb_torch.errors import InvalidInput
-from mb_torch.routed import rows_of, strip
+from mb_torch.routed import strip
 from mb_torch.vmap.compiled import CompiledFunction
 from mb_torch.vmap.definition import Definition
 from mb_torch.vmap.mapping import Fallback, ModelMap, batch_dims, check_loss
@@ -66,7 +66,7 @@ class VmapBackend:
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, per_model: bool) -> Any:
         """Run all models; every tensor leaf has a leading model axis if ``per_model``."""
         trees, flags = (args, kwargs), (per_model, per_model)
-        plan = plan_parts(self.spec.num_models, self.spec.chunk_size, rows_of(args, kwargs))
+        plan = plan_parts(self.spec.num_models, self.spec.chunk_size, args, kwargs)
         stacks, keys = self.definition.stacks(), self.keys()
         if plan is None:
             outputs = self._run(stacks, keys, strip(trees), flags)
@@ -132,7 +132,7 @@ class VmapBackend:
 
             return fallback.run(at_once, lambda: models.one_by_one([], None, trees, flags)[0])
 
-        plan = plan_parts(self.spec.num_models, None, rows_of(outputs, targets))
+        plan = plan_parts(self.spec.num_models, None, outputs, targets)
         if plan is None:
             return run(strip((outputs, targets)), self.spec.num_models)[0]
         parts = zip(plan.split_tree(outputs, True), plan.split_tree(targets, not shared_targets), strict=True)

@@ -56,18 +56,19 @@ class BatchableBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """As in `torch.nn.BatchNorm1d` and its like."""
-        cumulative = self.training and self.momentum is None and self.running_mean is not None
-        if not under_vmap() or not cumulative:
+        cumulative = self.training and self.momentum is None
+        running_mean, running_var, count = self.running_mean, self.running_var, self.num_batches_tracked
+        if not under_vmap() or not cumulative or running_mean is None or running_var is None or count is None:
             return super().forward(input)
         self._check_input_dim(input)
         # With momentum 1 torch leaves the statistics of this batch, unbiased variance included, in what it is given.
-        mean, var = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
+        mean, var = torch.zeros_like(running_mean), torch.zeros_like(running_var)
         output = F.batch_norm(input, mean, var, self.weight, self.bias, True, 1.0, self.eps)
         with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            share = self.num_batches_tracked.to(mean.dtype).reciprocal()
-            self.running_mean.mul_(1.0 - share).add_(mean * share)
-            self.running_var.mul_(1.0 - share).add_(var * share)
+            count.add_(1)
+            share = count.to(mean.dtype).reciprocal()
+            running_mean.mul_(1.0 - share).add_(mean * share)
+            running_var.mul_(1.0 - share).add_(var * share)
         return output
 
 
@@ -75,7 +76,7 @@ class BatchableEmbedding(nn.Embedding):
     """`torch.nn.Embedding` whose gradient is dense under vmap, which knows no sparse ones."""
 
     @property
-    def sparse(self) -> bool:
+    def sparse(self) -> bool:  # type: ignore[override]
         """Whether the gradient is sparse; never under vmap."""
         return False if under_vmap() else self.__dict__["sparse"]
 
@@ -83,9 +84,7 @@ class BatchableEmbedding(nn.Embedding):
 class BatchableEmbeddingBag(nn.EmbeddingBag):
     """`torch.nn.EmbeddingBag` without the detour model by model; its gradient is dense under vmap."""
 
-    def forward(
-        self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """As in `torch.nn.EmbeddingBag`."""
         if not under_vmap():
             return super().forward(input, offsets, per_sample_weights)
@@ -93,9 +92,10 @@ class BatchableEmbeddingBag(nn.EmbeddingBag):
             num_bags = input.shape[0]
             bags = torch.arange(num_bags, device=input.device).repeat_interleave(input.shape[1])
         else:
+            assert offsets is not None  # torch asks for offsets with a flat input
             num_bags = offsets.shape[0] - self.include_last_offset
             places = torch.arange(input.shape[0], device=input.device)
-            bags = torch.searchsorted(offsets, places.to(offsets.dtype), right=True) - 1
+            bags = (offsets.unsqueeze(0) <= places.unsqueeze(1)).sum(1) - 1
         tokens = input.reshape(-1)
         if self.padding_idx is not None:
             # What does not count goes to one more bag, which is left out at the end.

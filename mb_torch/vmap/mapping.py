@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mb_torch.errors import InvalidInput, ModelBatchError, Unsupported
+from mb_torch.vmap.autocast import honoured_autocast
 from mb_torch.vmap.definition import Definition, is_tensor
 from mb_torch.vmap.rng import seeded
 
@@ -137,7 +138,8 @@ class ModelMap:
         def one(
             tensors: list[list[Tensor]], key: Tensor | None, mapped: list[Tensor], anchor: Tensor
         ) -> tuple[list[Tensor], list[Tensor]]:
-            return self.one(tensors, key, with_mapped(mapped))
+            with honoured_autocast():
+                return self.one(tensors, key, with_mapped(mapped))
 
         # The anchor gives vmap its size where nothing else is mapped.
         run = torch.vmap(one, in_dims=(0, None if keys is None else 0, 0, 0), randomness="different")
@@ -202,7 +204,7 @@ def split_leaves(
     def with_mapped(mapped: Sequence[Tensor]) -> tuple[Any, ...]:
         remaining = iter(mapped)
         chosen = [leaf if dim is None else next(remaining) for leaf, dim in zip(leaves, dims, strict=True)]
-        return pytree.tree_unflatten(chosen, structure)  # type: ignore[no-any-return]
+        return pytree.tree_unflatten(chosen, structure)
 
     return [leaf for leaf, dim in zip(leaves, dims, strict=True) if dim is not None], with_mapped
 

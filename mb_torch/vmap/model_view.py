@@ -122,7 +122,7 @@ class ModelView(nn.Parameter):
         """Share the storage of ``stack[model]``."""
         view: ModelView = torch.Tensor._make_subclass(cls, stack.parameter.detach()[model], True)
         view._stack, view._model = stack, model
-        view.register_post_accumulate_grad_hook(_pass_to_stack)  # type: ignore[no-untyped-call]
+        view.register_post_accumulate_grad_hook(_pass_to_stack)
         return view
 
     @property
@@ -141,7 +141,7 @@ class ModelView(nn.Parameter):
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelView:
         if id(self) not in memo:
             memo[id(self)] = ModelView(copy.deepcopy(self._stack, memo), self._model)
-        return memo[id(self)]  # type: ignore[no-any-return]
+        return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return ModelView, (self._stack, self._model)

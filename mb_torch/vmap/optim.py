@@ -83,9 +83,7 @@ def make_optimizer(
     ]
     for model, single in enumerate(singles):
         refuse_unsupported_groups(f"model {model}: {optimizer_cls.__name__}", single)
-    switches = [
-        tuple(bool(single.param_groups[0][key]) for key in RULES[rule_cls].switches) for single in singles
-    ]
+    switches = [tuple(bool(single.param_groups[0][key]) for key in RULES[rule_cls].switches) for single in singles]
     if len(set(switches)) > 1:
         return ViewOptimizer(optimizer_cls, own, trainable, num_models)
     return StackedOptimizer(RULES[rule_cls], singles, trainable, num_models)
@@ -147,9 +145,7 @@ class StackedOptimizer(PerModelOptimizer):
 
     compilable = True
 
-    def __init__(
-        self, rule: Rule, singles: Sequence[Optimizer], stacks: Sequence[Stack], num_models: int
-    ) -> None:
+    def __init__(self, rule: Rule, singles: Sequence[Optimizer], stacks: Sequence[Stack], num_models: int) -> None:
         self.rule = rule
         self._options_of = itemgetter(*rule.numbers, *rule.switches)
         # Knows how a parameter group of any torch version becomes one of this version.
@@ -211,9 +207,7 @@ class StackedOptimizer(PerModelOptimizer):
         hyper = self._read_groups()
         positions = [position for position, wanted in enumerate(chosen) if wanted]
         names = self.rule.state_names(hyper.flags)
-        state = {
-            name: [self._stacked_state.tensor(name, position) for position in positions] for name in names
-        }
+        state = {name: [self._stacked_state.tensor(name, position) for position in positions] for name in names}
         self._stacked_state.split_clocks(chosen)
         used = sorted({self._stacked_state.clock_of[position] for position in positions})
         clocks = [self._stacked_state.clock_tensors(index) for index in used]
@@ -233,9 +227,7 @@ class StackedOptimizer(PerModelOptimizer):
         try:
             groups = [*map(self._options_of, self.param_groups)]
         except KeyError as error:
-            raise InvalidInput(
-                "param_groups", received=f"a group without {error}", expected="every option"
-            ) from error
+            raise InvalidInput("param_groups", received=f"a group without {error}", expected="every option") from error
         seen = self._hyper
         if seen is not None and seen.frozen and _equal(groups, seen.groups):
             return seen
@@ -324,10 +316,7 @@ class StackedOptimizer(PerModelOptimizer):
             return whole if models is None else [tensor[models] for tensor in whole]
 
         params = cut([self._stacks[position].parameter.detach() for position in positions])
-        state = {
-            name: cut([self._stacked_state.tensor(name, position) for position in positions])
-            for name in names
-        }
+        state = {name: cut([self._stacked_state.tensor(name, position) for position in positions]) for name in names}
         return _Piece(positions, models, params, state)
 
     def _move_state(self) -> None:

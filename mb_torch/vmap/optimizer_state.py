@@ -181,9 +181,7 @@ class StackedState:
             for name, value in entry.items():
                 _check_entry(f"{where}: {name!r}", value, stack, counter=name in saved)
 
-    def load(
-        self, model: int, state: Mapping[int, Mapping[str, Any]], counts: list[list[list[float]]]
-    ) -> None:
+    def load(self, model: int, state: Mapping[int, Mapping[str, Any]], counts: list[list[list[float]]]) -> None:
         """Take over a checked state of one model.
 
         Args:
@@ -215,8 +213,7 @@ class StackedState:
         keys = [tuple(tuple(values) for values in own) for own in counts]
         distinct = list(dict.fromkeys(keys))
         self.clocks = [
-            [own[0] if own.count(own[0]) == len(own) else self.on_device(own) for own in key]
-            for key in distinct
+            [own[0] if own.count(own[0]) == len(own) else self.on_device(own) for own in key] for key in distinct
         ]
         self.clock_of = [distinct.index(key) for key in keys]
 
@@ -317,9 +314,7 @@ def split_state(
         own = {new: state.pop(old) for new, old in enumerate(group["params"]) if old in state}
         result.append({"state": own, "param_groups": [{**group, "params": list(range(num_params))}]})
     if state:
-        _refuse(
-            "optimizer state", f"entries {[*state][:5]} of no parameter group", "entries of parameters only"
-        )
+        _refuse("optimizer state", f"entries {[*state][:5]} of no parameter group", "entries of parameters only")
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mb_torch.errors import InvalidInput
-from mb_torch.routed import RoutedTensor, strip
+from mb_torch.routed import RoutedTensor, rows_of, strip
 from mb_torch.vmap.definition import is_tensor
 
 
@@ -97,28 +98,39 @@ class Plan:
         return tensor if self.order is None else tensor.index_select(0, self.order.to(tensor.device))
 
 
-def plan_parts(num_models: int, chunk_size: int | None, rows: tuple[int, ...] | None) -> Plan | None:
+def plan_parts(num_models: int, chunk_size: int | None, *trees: Any) -> Plan | None:
     """Decide which models run together; None if all do.
 
     Models with different numbers of real rows never share a part, so no padded row is ever computed with: whatever
     the model does across rows, batch statistics included, is exact.
+
+    Args:
+        num_models: How many models there are.
+        chunk_size: At most so many run together; None is no bound.
+        *trees: What the models get; routed tensors among the leaves tell the real rows.
     """
     limit = chunk_size or num_models
-    if rows is None or all(count == rows[0] for count in rows):
-        if limit >= num_models:
-            return None
-        sizes = [min(limit, num_models - start) for start in range(0, num_models, limit)]
-        return Plan(num_models, None, sizes, [None] * len(sizes))
+    rows = rows_of(*trees)
+    padded_rows = max(
+        (leaf.shape[1] for leaf in pytree.tree_leaves(trees) if isinstance(leaf, RoutedTensor)), default=0
+    )
+    if rows is None or all(count == padded_rows for count in rows):
+        sizes = _pieces(num_models, limit)
+        return None if len(sizes) == 1 else Plan(num_models, None, sizes, [None] * len(sizes))
     if len(rows) != num_models:
         raise InvalidInput("routed rows", received=f"{len(rows)} models", expected=f"{num_models} models")
     order = sorted((model for model in range(num_models) if rows[model]), key=lambda model: rows[model])
     sizes, counts = [], []
-    for count in sorted({rows[model] for model in order}):
-        group = sum(1 for model in order if rows[model] == count)
-        pieces = [min(limit, group - start) for start in range(0, group, limit)]
+    for count, group in itertools.groupby(order, key=lambda model: rows[model]):
+        pieces = _pieces(len(list(group)), limit)
         sizes += pieces
         counts += [count] * len(pieces)
-    return Plan(num_models, torch.tensor(order), sizes, list(counts), max(rows))
+    in_order = order == list(range(num_models))
+    return Plan(num_models, None if in_order else torch.tensor(order), sizes, list(counts), padded_rows)
+
+
+def _pieces(count: int, limit: int) -> list[int]:
+    return [min(limit, count - start) for start in range(0, count, limit)]
 
 
 def _pad_rows(tensor: Tensor, rows: int) -> Tensor:

@@ -318,7 +318,7 @@ def _torch_normal(
     tensors = [value.detach() for value in (mean, std) if isinstance(value, Tensor)]
     if tensors:
         like = tensors[0]
-        shape: Sequence[int] = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))  # type: ignore[no-untyped-call]
+        shape: Sequence[int] = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
         options = {"dtype": like.dtype, "device": like.device}
     else:
         assert size is not None  # torch has no other form without tensors

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from mb_torch.errors import InvalidInput
-from mb_torch.vmap.batching_rules import under_vmap
+from mb_torch.vmap.batching_rules import each_alone, mapped_models, under_vmap
 
 State = tuple[Tensor, ...]
 """What a layer carries from step to step: ``(h,)``, or ``(h, c)`` for an LSTM."""
@@ -92,9 +92,7 @@ class _Direction:
         for index in order:
             size = sizes[index]
             if size > running:
-                state = tuple(
-                    torch.cat([part, first[running:size]]) for part, first in zip(state, start, strict=True)
-                )
+                state = tuple(torch.cat([part, first[running:size]]) for part, first in zip(state, start, strict=True))
             elif size < running:
                 ended.append(tuple(part[size:] for part in state))
                 state = tuple(part[:size] for part in state)
@@ -108,9 +106,7 @@ class _Direction:
         return torch.cat(hidden_values), state
 
 
-def _run_layers(
-    module: nn.RNNBase, rows: Tensor, sizes: Sequence[int], start: State
-) -> tuple[Tensor, State]:
+def _run_layers(module: nn.RNNBase, rows: Tensor, sizes: Sequence[int], start: State) -> tuple[Tensor, State]:
     """Run all layers and directions over a packed sequence; states are ``[layers * directions, rows, hidden]``."""
     directions = 2 if module.bidirectional else 1
     ends: list[State] = []
@@ -129,9 +125,7 @@ def _run_layers(
 
 def _zero_state(module: nn.RNNBase, rows: int, like: Tensor) -> State:
     slots = module.num_layers * (2 if module.bidirectional else 1)
-    hidden = torch.zeros(
-        slots, rows, module.proj_size or module.hidden_size, dtype=like.dtype, device=like.device
-    )
+    hidden = torch.zeros(slots, rows, module.proj_size or module.hidden_size, dtype=like.dtype, device=like.device)
     if module.mode != "LSTM":
         return (hidden,)
     return hidden, torch.zeros(slots, rows, module.hidden_size, dtype=like.dtype, device=like.device)
@@ -162,10 +156,10 @@ def _recur(module: nn.RNNBase, sequence: Tensor | PackedSequence, hx: Any) -> tu
         )
     steps, count = (1, 0) if module.batch_first else (0, 1)
     start = _start(module, sequence, None, hx, sequence.shape[count])
+    if _own_kernel_is_faster(module, sequence, sequence.shape[count]):
+        return _run_own_kernel(module, sequence, start)
     time_major = sequence.transpose(0, 1) if module.batch_first else sequence
-    hidden, end = _run_layers(
-        module, time_major.flatten(0, 1), [sequence.shape[count]] * sequence.shape[steps], start
-    )
+    hidden, end = _run_layers(module, time_major.flatten(0, 1), [sequence.shape[count]] * sequence.shape[steps], start)
     hidden = hidden.unflatten(0, (sequence.shape[steps], sequence.shape[count]))
     return (hidden.transpose(0, 1) if module.batch_first else hidden), _to_hx(module, end)
 
@@ -190,12 +184,61 @@ def _start(module: nn.RNNBase, sequence: Tensor, batch_sizes: Tensor | None, hx:
     return tuple(hx) if module.mode == "LSTM" else (hx,)
 
 
+_FEW_MODELS = 8
+_MUCH_WORK = 1024
+
+
+def _own_kernel_is_faster(module: nn.RNNBase, sequence: Tensor, rows: int) -> bool:
+    """Whether oneDNN's fused LSTM for one model after another beats the steps of all models together.
+
+    Measured on a CPU: for few models the steps cost more calls than they save, and where a step of one model fills
+    the cache (rows times hidden size) the fused kernel is up to three times as fast. torch has no such kernel for
+    the other layers, other dtypes, projections and other devices.
+    """
+    fused = module.mode == "LSTM" and module.proj_size == 0 and torch.backends.mkldnn.is_available()
+    if not fused or sequence.device.type != "cpu" or sequence.dtype != torch.float32:
+        return False
+    if module.training and module.dropout > 0.0 and module.num_layers > 1:
+        # The kernel would draw the masks out of reach of the models' random streams.
+        return False
+    if torch.compiler.is_compiling():
+        return False
+    models = mapped_models()
+    return models is not None and (models <= _FEW_MODELS or rows * module.hidden_size >= _MUCH_WORK)
+
+
+def _run_own_kernel(module: nn.RNNBase, sequence: Tensor, start: State) -> tuple[Tensor, State]:
+    """What an LSTM returns, by torch's own kernel for each model."""
+
+    def run(sequence: Tensor, hidden: Tensor, cell: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        return torch.lstm(  # type: ignore[no-any-return]
+            sequence,
+            (hidden, cell),
+            weights,
+            module.bias,
+            module.num_layers,
+            0.0,
+            module.training,
+            module.bidirectional,
+            module.batch_first,
+        )
+
+    weights = [weight for layer in module.all_weights for weight in layer]
+    output, hidden, cell = each_alone(run, [sequence, *start, *weights])
+    return output, (hidden, cell)
+
+
+def _in_steps(module: nn.RNNBase) -> bool:
+    """Whether to leave torch's kernels: under vmap, and where their dropout would bypass the model's random stream."""
+    return under_vmap() or (module.training and module.dropout > 0.0 and module.num_layers > 1)
+
+
 class BatchableLSTM(nn.LSTM):
     """`torch.nn.LSTM` that also runs under vmap."""
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Run over a sequence; as in `torch.nn.LSTM`."""
-        return _recur(self, input, hx) if under_vmap() else super().forward(input, hx)
+        return _recur(self, input, hx) if _in_steps(self) else super().forward(input, hx)
 
 
 class BatchableGRU(nn.GRU):
@@ -203,7 +246,7 @@ class BatchableGRU(nn.GRU):
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Run over a sequence; as in `torch.nn.GRU`."""
-        return _recur(self, input, hx) if under_vmap() else super().forward(input, hx)
+        return _recur(self, input, hx) if _in_steps(self) else super().forward(input, hx)
 
 
 class BatchableRNN(nn.RNN):
@@ -211,7 +254,7 @@ class BatchableRNN(nn.RNN):
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Run over a sequence; as in `torch.nn.RNN`."""
-        return _recur(self, input, hx) if under_vmap() else super().forward(input, hx)
+        return _recur(self, input, hx) if _in_steps(self) else super().forward(input, hx)
 
 
 def _cell_state(cell: nn.RNNCellBase, input: Tensor, state: Tensor | None) -> Tensor:

@@ -101,8 +101,12 @@ class Stream:
         # xor where a plain sum would do: torch.compile folds sums and products of an arange into one exact
         # index expression, which then no longer fits 64 bits.
         counters = torch.arange(words, dtype=torch.int64, device=device).bitwise_xor_(self.draws << _WORD_BITS)
-        mixed = _mix64(counters.mul_(_GAMMA) ^ self.key.to(device))
-        return mixed if wide else mixed.view(torch.int32)[:count]
+        key = self.key if self.key.device == device else self.key.to(device)
+        mixed = _mix64(counters.mul_(_GAMMA) ^ key)
+        if wide:
+            return mixed
+        lanes = mixed.view(torch.int32)
+        return lanes if count % 2 == 0 else lanes[:count]
 
     def below(self, probability: float, shape: Sequence[int], device: torch.device) -> Tensor:
         """Draw booleans of ``shape`` that are true with ``probability``, exact to 2^-33."""
@@ -216,15 +220,17 @@ class seeded:
         return self._stream.draws
 
     def __enter__(self) -> seeded:
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            _trace_every_random_function()
+        else:
             self._before = _generator_states(self._stream.key.device)
-        self._mode.__enter__()  # type: ignore[no-untyped-call]
+        self._mode.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._mode.__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
+        self._mode.__exit__(kind, error, traceback)
         if kind is None and not torch.compiler.is_compiling():
             self._check_generators()
 
@@ -237,18 +243,21 @@ class seeded:
             )
 
 
-def prepare_for_compile() -> None:
-    """Make ``torch.compile`` ask `seeded` about every random function; call it before compiling with seeds.
+def _trace_every_random_function() -> None:
+    """Make ``torch.compile`` ask modes about every random function; runs while it traces `seeded`.
 
-    Tracing asks modes only about functions that it lists as overridable, and its list lacks ``randn_like`` and some
-    more that ask modes when they are not compiled. Where the list has moved, vmap's ``randomness="error"`` still
-    turns what it misses into an error.
+    Tracing asks modes only about functions that it lists as overridable. Its list lacks ``randn_like`` and others
+    that do ask modes when they are not compiled: they would draw from the global generator.
     """
     try:
         from torch._dynamo.variables.torch import get_overridable_functions
-    except ImportError:
-        return
+    except ImportError as error:
+        raise Unsupported("this version of torch cannot compile models with seeds=", fix="Leave one out.") from error
     get_overridable_functions().update(REPLACEMENTS)
+
+
+# The mark of torch.compiler.assume_constant_result, "run this while tracing", which would import the compiler here.
+_trace_every_random_function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _generator_states(device: torch.device) -> list[Tensor]:

@@ -54,7 +54,7 @@ class FusedStep:
         saved = None if active is None else [[b.clone() for b in d.buffers()] for d in self._models.definitions]
         trees = (inputs, targets, dict(self.spec.loss_args))
         flags = (not self.spec.shared_input, not shared_targets, True)
-        plan = plan_parts(self.num_models, self._chunk_size(), row_counts)
+        plan = plan_parts(self.num_models, self._chunk_size(), inputs, targets)
         keys = self._keys()
         scale = self._loss_scale()
         with torch.enable_grad():

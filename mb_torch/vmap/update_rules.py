@@ -85,9 +85,7 @@ class Rule:
         """State tensors that an update with these flags needs."""
         return (*self.always, *(name for name, key in self.optional.items() if flags[key]))
 
-    def advance(
-        self, clock: Sequence[Value], hyper: Mapping[str, Value], flags: Mapping[str, bool]
-    ) -> list[Value]:
+    def advance(self, clock: Sequence[Value], hyper: Mapping[str, Value], flags: Mapping[str, bool]) -> list[Value]:
         """Counters after one more step."""
         return [clock[0] + 1.0]
 
@@ -123,9 +121,7 @@ class _SGD(Rule):
     def flags(self, columns: Mapping[str, Sequence[float]], switches: Mapping[str, bool]) -> dict[str, bool]:
         return {**super().flags(columns, switches), **_momentum_flags(columns["momentum"])}
 
-    def advance(
-        self, clock: Sequence[Value], hyper: Mapping[str, Value], flags: Mapping[str, bool]
-    ) -> list[Value]:
+    def advance(self, clock: Sequence[Value], hyper: Mapping[str, Value], flags: Mapping[str, bool]) -> list[Value]:
         uses, momentum = clock[0], hyper["momentum"]
         uses = uses + (momentum.ne(0) if isinstance(momentum, Tensor) else float(momentum != 0))
         return [uses.clamp(max=2.0) if isinstance(uses, Tensor) else min(uses, 2.0)]
@@ -138,11 +134,9 @@ class _SGD(Rule):
             uses, momentum, weight = clock[0], hyper["momentum"], 1.0 - hyper["dampening"]
             numbers["momentum"] = momentum
             if isinstance(uses, Tensor):
-                first = uses == 1.0
-                numbers |= {"keep": choose(first, 0.0, momentum), "weight": choose(first, 1.0, weight)}
+                numbers["weight"] = choose(uses == 1.0, 1.0, weight)
             else:
-                first_time = uses == 1.0
-                numbers |= {"keep": 0.0 if first_time else momentum, "weight": 1.0 if first_time else weight}
+                numbers["weight"] = 1.0 if uses == 1.0 else weight
             if flags["some_without"]:
                 numbers["with_momentum"] = momentum.ne(0)  # type: ignore[union-attr]
         return numbers
@@ -152,7 +146,7 @@ class _SGD(Rule):
         if flags["momentum"]:
             buffers = bucket.state["momentum_buffer"]
             before = [buffer.clone() for buffer in buffers] if flags["some_without"] else buffers
-            scale_(buffers, bucket.rows(numbers["keep"]))
+            scale_(buffers, bucket.rows(numbers["momentum"]))
             add_scaled_(buffers, direction, bucket.rows(numbers["weight"]))
             new = buffers
             if flags["nesterov"]:
@@ -209,9 +203,7 @@ def _moment_numbers(hyper: Mapping[str, Value], flags: Mapping[str, bool]) -> di
     }
 
 
-def _moments(
-    bucket: Bucket, numbers: Mapping[str, Any], flags: Mapping[str, bool]
-) -> tuple[Tensors, Tensors, Tensors]:
+def _moments(bucket: Bucket, numbers: Mapping[str, Any], flags: Mapping[str, bool]) -> tuple[Tensors, Tensors, Tensors]:
     """Gradients and the updated running averages of gradient and squared gradient."""
     grads = bucket.gradients(flags, numbers["decay"])
     first = bucket.state["exp_avg"]
@@ -242,9 +234,7 @@ class _NAdam(Rule):
     def _momentum(step: Value, hyper: Mapping[str, Value]) -> Value:
         return hyper["beta1"] * (1.0 - 0.5 * 0.96 ** (step * hyper["momentum_decay"]))
 
-    def advance(
-        self, clock: Sequence[Value], hyper: Mapping[str, Value], flags: Mapping[str, bool]
-    ) -> list[Value]:
+    def advance(self, clock: Sequence[Value], hyper: Mapping[str, Value], flags: Mapping[str, bool]) -> list[Value]:
         step = clock[0] + 1.0
         product, momentum = clock[1], self._momentum(step, hyper)
         if flags["float64_counters"]:

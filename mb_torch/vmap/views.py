@@ -282,9 +282,8 @@ class ViewOptimizer(PerModelOptimizer):
             torch.autograd.graph.increment_version(stack.parameter)
 
     def _move_state(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.load_state_dict(optimizer.state_dict())
-        self.param_groups = self._groups()
+        for model in range(self.num_models):
+            self._load(model, self.model_state_dict(model))
 
     def state_dict(self) -> dict[str, Any]:
         """Return a snapshot in the structure of a plain optimizer with one group per model."""
@@ -354,6 +353,7 @@ class ViewOptimizer(PerModelOptimizer):
             if isinstance(value, Tensor):
                 parameter = self._stacks[position].name
                 check_shape(f"model {model}: {name!r} of parameter {parameter!r}", value, shape)
+        own = copy.deepcopy(own)
         try:
             optimizer.load_state_dict(own)
         except Exception as error:
@@ -361,6 +361,11 @@ class ViewOptimizer(PerModelOptimizer):
                 f"model {model}: {self.optimizer_cls.__name__} refuses the state",
                 fix=f"It says: {type(error).__name__}: {error}",
             ) from error
+        for position, parameter in enumerate(optimizer.param_groups[0]["params"]):
+            for name, value in own["state"].get(position, {}).items():
+                # torch casts all floating point state to the parameter's dtype; counters lose or gain digits by it.
+                if isinstance(value, Tensor) and value.dim() == 0:
+                    optimizer.state[parameter][name] = value.to(optimizer.state[parameter][name].device)
         self.param_groups = self._groups()
 
     def _shapes_of_state(self) -> dict[tuple[int, str], torch.Size]:

@@ -1,0 +1,122 @@
+"""Results as Markdown to read and as JSON to keep."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.bars import Bar
+from benchmarks.measure import FIRST_STEPS, Memory, Spread, Timings
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """Where the numbers come from."""
+    return {
+        "processor": _processor(),
+        "cores": cores(),
+        "threads": threads,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "load_average_before": os.getloadavg()[0],
+    }
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _processor() -> str:
+    # platform.processor() is empty on many Linux systems.
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _with_quartiles(spread: Spread, unit: float = 1.0) -> str:
+    return f"{spread.median / unit:.2f} ({spread.lower / unit:.2f}-{spread.upper / unit:.2f})"
+
+
+def timings_table(timings: Timings, references: Sequence[str]) -> str:
+    """Times of a step, and how many times as fast as each reference a contestant is; medians with quartiles."""
+    header = [
+        "contestant",
+        "ms a step",
+        *(f"x as fast as {name}" for name in references),
+        f"first {FIRST_STEPS} steps, s",
+    ]
+    rows = [
+        [
+            name,
+            _with_quartiles(timings.spread(name), 1e-3),
+            *(_with_quartiles(timings.ratio(reference, name)) for reference in references),
+            f"{timings.first_steps[name]:.2f}",
+        ]
+        for name in timings.seconds
+    ]
+    return table(header, rows)
+
+
+def memory_table(memory: Mapping[str, Memory]) -> str:
+    """Peak memory and its parts in MB."""
+    header = ["contestant", "peak, MB", "gradients", "optimizer state", "rest", "rest / parameters"]
+    rows = [
+        [
+            name,
+            *(f"{size / 1e6:.0f}" for size in (m.peak, m.gradients, m.optimizer_state, m.rest)),
+            f"{m.copies:.2f}",
+        ]
+        for name, m in memory.items()
+    ]
+    return table(header, rows)
+
+
+def bars_table(bars: Sequence[Bar]) -> str:
+    """Each bound, what was measured and whether it holds."""
+    header = ["what", "measured", "bound", "holds"]
+    rows = [
+        [
+            bar.what,
+            _with_quartiles(bar.measured),
+            f"{'at least' if bar.at_least else 'at most'} {bar.limit:g}",
+            "yes" if bar.holds else "**no**",
+        ]
+        for bar in bars
+    ]
+    return table(header, rows)
+
+
+def as_json(
+    where: Mapping[str, Any],
+    differences: Mapping[str, float],
+    timings: Mapping[str, Timings],
+    memory: Mapping[str, Memory],
+    bars: Sequence[Bar],
+) -> dict[str, Any]:
+    """Everything that was measured, round by round."""
+    return {
+        "machine": dict(where),
+        "timings": {
+            key: {**asdict(one), "float64_weight_difference": differences[key]} for key, one in timings.items()
+        },
+        "memory": {name: asdict(one) for name, one in memory.items()},
+        "bars": [{**asdict(bar), "holds": bar.holds} for bar in bars],
+    }

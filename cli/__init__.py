@@ -1,0 +1,1 @@
+"""The command `modelbatch`. It needs the extra `demo`, which nothing else of this distribution needs."""

@@ -1,0 +1,27 @@
+"""Entry point of the command `modelbatch`.
+
+Imports the standard library only, so that a missing dependency gives one line instead of a traceback.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+
+# Import name of each package that the command needs beside those that mb_torch needs, and what pip calls it.
+REQUIRED = {"typer": "typer", "rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn"}
+
+
+def main() -> None:
+    """Run the command line, or say what to install."""
+    missing = [package for module, package in REQUIRED.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        sys.exit(
+            f"Error: the command modelbatch needs {', '.join(missing)}: pip install 'modelbatch-hybrid[demo]'"
+        )
+    importlib.import_module("cli.app").app(prog_name="modelbatch")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The default backend: ``torch.func`` vmap over stacked parameters."""

@@ -1,0 +1,105 @@
+"""Who imports whom: the contracts of pyproject.toml, the front-end's dependencies, what is loaded lazily."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.arch.repository import ROOT, SOURCE_FOLDERS, run_python
+
+# Beside the standard library and itself, the front-end may import these, at any depth of its code.
+FRONT_END_IMPORTS = {"mb_torch", "torch", "numpy"}
+# `import mb_torch` loads none of these: they belong to backends, the command line or the tests.
+LAZY = ["jax", "jaxlib", "flax", "optax", "matplotlib", "sklearn", "typer", "rich", "omegaconf", "cli"]
+
+
+def lint_imports(root: Path, folders: list[Path]) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(folder) for folder in folders)}
+    command = [
+        sys.executable,
+        "-c",
+        "from importlinter.cli import lint_imports_command as run; run()",
+        "--no-cache",
+    ]
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def imported_top_levels(source: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            yield str(node.module).split(".")[0]
+
+
+def foreign_imports(source: str) -> set[str]:
+    return set(imported_top_levels(source)) - FRONT_END_IMPORTS - sys.stdlib_module_names
+
+
+def test_import_contracts_hold() -> None:
+    finished = lint_imports(ROOT, SOURCE_FOLDERS)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("importer", "line", "contract"),
+    [
+        ("mb_torch/core.py", "import mb_torch.vmap", "backends are loaded by registered name"),
+        ("mb_torch/core.py", "import cli.main", "mb_torch stands alone"),
+        ("mb_torch/vmap/engine.py", "import mb_torch.core", "layers of mb_torch"),
+        ("mb_torch/vmap/engine.py", "from mb_torch import ModelBatch", "layers of mb_torch"),
+        ("mb_torch/unplaced.py", "", "layers of mb_torch"),
+        ("cli/main.py", "import mb_torch.core", "only the public names of mb_torch"),
+        ("cli/main.py", "import modelbatch", "nothing imports the compatibility packages"),
+        ("compat/torchmb/__init__.py", "import modelbatch", "nothing imports the compatibility packages"),
+    ],
+)
+def test_import_contracts_catch(tmp_path: Path, importer: str, line: str, contract: str) -> None:
+    """Each contract fails on the import it is there for, shown on a copy that has nothing but imports."""
+    for path in [*ROOT.glob("mb_torch/**/*.py"), *ROOT.glob("cli/**/*.py"), *ROOT.glob("compat/**/*.py")]:
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        imports = (
+            ast.unparse(n) for n in ast.parse(path.read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)
+        )
+        copy.write_text("\n".join(imports) + "\n")
+    (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
+    offender = tmp_path / importer
+    offender.write_text((offender.read_text() if offender.exists() else "") + line + "\n")
+
+    finished = lint_imports(tmp_path, [tmp_path, tmp_path / "compat"])
+
+    broken = [text for text in finished.stdout.splitlines() if text.endswith("BROKEN")]
+    assert finished.returncode == 1
+    assert any(contract in text.lower() for text in broken), finished.stdout + finished.stderr
+
+
+def test_front_end_imports_torch_and_numpy_only() -> None:
+    sources = sorted((ROOT / "mb_torch").rglob("*.py"))
+    assert sources
+    found = {path.relative_to(ROOT).as_posix(): foreign_imports(path.read_text()) for path in sources}
+    assert not any(found.values()), found
+
+
+def test_foreign_imports_are_seen_inside_functions() -> None:
+    assert foreign_imports("def f():\n    import jax.numpy\n    from flax import nnx\n    import os, torch") == {
+        "jax",
+        "flax",
+    }
+
+
+def test_import_loads_nothing_optional() -> None:
+    code = f"import sys, mb_torch, modelbatch, torchmb; print([n for n in {LAZY!r} if n in sys.modules])"
+    assert run_python(code).stdout.strip() == "[]"
+
+
+def test_loaded_modules_are_seen() -> None:
+    code = f"import sys, matplotlib; print([n for n in {LAZY!r} if n in sys.modules])"
+    assert run_python(code).stdout.strip() == "['matplotlib']"

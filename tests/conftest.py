@@ -1,0 +1,39 @@
+"""Settings that every test runs under: one thread, no display, fixed seeds, nothing taken from the shell."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# Before torch is imported, because it reads these once. One thread a process: the workers share the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+for variable in [name for name in os.environ if name.startswith("MODELBATCH_")]:
+    del os.environ[variable]
+
+import hypothesis
+import pytest
+import torch
+
+torch.set_num_threads(1)
+# The same examples in every run: a failure in CI repeats on any machine.
+hypothesis.settings.register_profile("repository", deadline=None, derandomize=True, print_blob=True, max_examples=50)
+hypothesis.settings.load_profile("repository")
+
+
+def _process_settings() -> dict[str, object]:
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "gradient recording": torch.is_grad_enabled(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> Iterator[None]:
+    """Seed torch before each test, and fail a test that leaves a process-wide switch changed."""
+    torch.manual_seed(0)
+    before = _process_settings()
+    yield
+    assert _process_settings() == before
