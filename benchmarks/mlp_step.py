@@ -33,7 +33,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.mlp_step", description=__doc__)
     parser.add_argument("--rounds", type=int, default=25, help="paired rounds, at least 15 (default 25)")
     parser.add_argument("--threads", type=int, default=min(2, report.cores()), help="threads of each contestant")
-    parser.add_argument("--output", type=Path, help="JSON file (default, unless --quick: beside this file)")
+    parser.add_argument(
+        "--output", type=Path, help="JSON file; the tables go beside it (default, unless --quick: in results/)"
+    )
     parser.add_argument("--quick", action="store_true", help="small models and few rounds, no bounds: a smoke run")
     parser.add_argument("--without-peers", action="store_true", help="leave out libraries that pip would download")
     options = parser.parse_args(arguments)
@@ -55,11 +57,13 @@ def _run(options: argparse.Namespace) -> int:
     everyone = [name for name in CONTESTANTS if name != PEER or not options.without_peers]
     if PEER in everyone:
         peers.install("modelbatch")
+    # A smoke run compiles for the first race only.
+    later = [name for name in everyone if not options.quick or "compiled" not in name]
 
     races = {
         "many": (everyone, many, 20),
         "sweep": (
-            [name for name in everyone if name not in ONE_RATE],
+            [name for name in later if name not in ONE_RATE],
             replace(many, lowest_rate=1e-4, highest_rate=1e-2),
             20,
         ),
@@ -75,16 +79,18 @@ def _run(options: argparse.Namespace) -> int:
     memory: dict[str, Memory] = {}
     if sys.platform == "linux":
         _say(f"peak memory, {large}")
-        memory = {name: peak_memory(name, large, options.threads) for name in everyone}
+        memory = {name: peak_memory(name, large, options.threads) for name in later}
 
     bars: list[Bar] = []
     if not options.quick:
         bars = [*bars_of_many(timings["many"]), *bars_of_one(timings["one"]), *bars_of_memory(memory)]
-    print(_page(where, differences, timings, memory, bars))
+    page = _page(where, differences, timings, memory, bars)
+    print(page)
     if options.output is not None:
         results = report.as_json(where, differences, timings, memory, bars)
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(results, indent=1) + "\n")
+        options.output.with_suffix(".md").write_text(page + "\n")
         _say(f"written to {options.output}")
     missed = [bar.what for bar in bars if not bar.holds]
     if missed:
@@ -101,24 +107,25 @@ def _page(
 ) -> str:
     rounds = len(next(iter(timings["many"].seconds.values())))
     parts = [
+        "# One training step of many MLPs",
         ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in where.items()),
         f"Medians of {rounds} paired rounds, with quartiles; each contestant in a process of its own, one at a time.",
     ]
     for key, one in timings.items():
         references = [name for name in ("loop", PEER) if name in one.seconds]
-        parts += [f"### {one.workload}", report.timings_table(one, references)]
+        parts += [f"## {one.workload}", report.timings_table(one, references)]
         parts.append(
             f"Contestants differ by {differences[key]:.0e} in weights after {CHECKED_STEPS} steps in float64, "
             f"and by {one.loss_difference:.0e} in the losses of all timed steps."
         )
     if memory:
         large = next(iter(memory.values())).workload
-        parts += [f"### Peak memory, {large}", report.memory_table(memory)]
+        parts += [f"## Peak memory, {large}", report.memory_table(memory)]
     if not bars:
         parts.append("A smoke run: its times mean nothing.")
     else:
         by_hand = timings["many"].fastest([name for name in BY_HAND if name in timings["many"].seconds])
-        parts += ["### What must hold", report.bars_table(bars), f"By hand is the fastest of three: {by_hand}."]
+        parts += ["## What must hold", report.bars_table(bars), f"By hand is the fastest of three: {by_hand}."]
     return "\n\n".join(parts)
 
 

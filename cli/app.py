@@ -47,12 +47,8 @@ def demo(
         DataName, typer.Option(help="digits comes with scikit-learn; fashion-mnist is read from --data-dir.")
     ] = DataName.DIGITS,
     model: Annotated[ModelName, typer.Option(help="Which network.")] = ModelName.MLP,
-    models: Annotated[
-        int, typer.Option(min=1, max=4096, help="How many models: a grid, as square as possible.")
-    ] = 64,
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help="Default: 40 for digits, 3 for fashion-mnist.")
-    ] = None,
+    models: Annotated[int, typer.Option(min=1, max=4096, help="How many models: a grid, as square as possible.")] = 64,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Default: 40 for digits, 3 for fashion-mnist.")] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Default: 64 for digits, 256 for fashion-mnist.")
     ] = None,

@@ -115,9 +115,7 @@ def load_fashion_mnist(folder: Path | None = None) -> ImageData:
 
 
 def _read_images_and_labels(folder: Path, part: str) -> tuple[Tensor, Tensor]:
-    images_file, labels_file = (
-        _find_file(folder, f"{part}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")
-    )
+    images_file, labels_file = (_find_file(folder, f"{part}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
     images, labels = read_idx(images_file, 3), read_idx(labels_file, 1)
     if len(images) != len(labels) or not len(images):
         raise CommandError(

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 # Wide enough that the corners are visibly bad: too slow at one end, unstable or crushed at the other.
-LEARNING_RATES = (1e-4, 10**-0.5)
+LEARNING_RATES = (10**-4.5, 0.1)
 WEIGHT_DECAYS = (1e-3, 10**0.5)
 
 

@@ -14,7 +14,7 @@ class ModelName(StrEnum):
     CNN = "cnn"
 
 
-def make_model(name: ModelName, image_size: int, num_classes: int) -> nn.Sequential:
+def make_model(name: ModelName | str, image_size: int, num_classes: int) -> nn.Sequential:
     """Return a fresh network for square grey images.
 
     Args:
@@ -27,10 +27,8 @@ def make_model(name: ModelName, image_size: int, num_classes: int) -> nn.Sequent
         >>> make_model(ModelName.CNN, 8, 10)(torch.zeros(5, 1, 8, 8)).shape
         torch.Size([5, 10])
     """
-    if name is ModelName.MLP:
-        return nn.Sequential(
-            nn.Flatten(), nn.Linear(image_size**2, 128), nn.ReLU(), nn.Linear(128, num_classes)
-        )
+    if ModelName(name) is ModelName.MLP:
+        return nn.Sequential(nn.Flatten(), nn.Linear(image_size**2, 128), nn.ReLU(), nn.Linear(128, num_classes))
     # Each convolution halves the image and rounds up.
     final_size = -(-image_size // 4)
     return nn.Sequential(

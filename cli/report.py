@@ -35,9 +35,7 @@ class Stage:
         bar: The bar and its task; None for plain lines.
     """
 
-    def __init__(
-        self, total: int, unit: str, console: Console, bar: tuple[Progress, TaskID] | None
-    ) -> None:
+    def __init__(self, total: int, unit: str, console: Console, bar: tuple[Progress, TaskID] | None) -> None:
         self._total = total
         self._unit = unit
         self._console = console
@@ -59,7 +57,7 @@ class Stage:
             progress.update(task, text=text)
             return
         left = (self._total - self._done) / self._rate()
-        _print(self._console, f"{text}  ({self._rate():,.0f} {self._unit}/s, {left:.0f} s left)")
+        print_line(self._console, f"{text}  ({self._rate():,.0f} {self._unit}/s, {left:.0f} s left)")
 
     def _rate(self) -> float:
         return self._done / (time.perf_counter() - self._started)
@@ -69,7 +67,7 @@ class Stage:
 def stage(console: Console, title: str, total: int, unit: str) -> Iterator[Stage]:
     """Show the progress of a task of `total` units."""
     if not console.is_terminal:
-        _print(console, title)
+        print_line(console, title)
         yield Stage(total, unit, console, None)
         return
     columns = (
@@ -110,38 +108,154 @@ def print_best(console: Console, grid: Grid, history: History) -> None:
     console.print(table)
 
 
-def print_comparison(console: Console, num_models: int, history: History, comparison: Comparison) -> None:
+def print_comparison(console: Console, grid: Grid, history: History, comparison: Comparison, *, compiled: bool) -> None:
     """Print the two times, and whether both ways came to the same result."""
-    at_once = sum(history.seconds)
+    at_once, loop = history.total_seconds, comparison.loop_seconds
     compared = len(comparison.models)
-    part = "" if compared == num_models else f" (measured on {compared}, extrapolated)"
-    _print(
+    part = "" if compared == grid.num_models else f" (measured on {counted(compared, 'model')}, extrapolated)"
+    print_line(
         console,
-        f"{num_models} models one after another: {comparison.loop_seconds:.1f} s{part}, "
-        f"at once: {at_once:.1f} s ({comparison.loop_seconds / at_once:.1f} times as fast)",
+        f"{counted(grid.num_models, 'model')} one after another: {loop:.1f} s{part}, at once: {at_once:.1f} s "
+        f"({loop / at_once:.1f} times)",
         style="bold",
     )
-    compiling = compile_seconds(history)
-    if compiling is not None:
-        _print(
+    if compiled and history.start_up_seconds is not None:
+        compiling = history.start_up_seconds
+        print_line(
             console,
-            f"Of the {at_once:.1f} s about {compiling:.1f} s went into torch.compile, once; without them "
-            f"{comparison.loop_seconds / (at_once - compiling):.1f} times as fast.",
+            f"About {compiling:.1f} s of the {at_once:.1f} s went into torch.compile, once: "
+            f"{loop / (at_once - compiling):.1f} times without.",
         )
-    _print(
+    print_line(
         console,
-        f"Same computation: after {comparison.checked_steps} steps in float64 the weights of {compared} models "
-        f"differ by at most {comparison.weight_difference:.1e} (tolerance {WEIGHT_TOLERANCE:.0e}).",
+        f"Same computation? After {comparison.checked_steps} steps in float64 the weights of "
+        f"{counted(comparison.checked_models, 'model')} "
+        f"differ by at most {comparison.weight_difference:.1e}; tolerance {WEIGHT_TOLERANCE:.0e}.",
     )
     if not comparison.weights_agree:
-        _print(console, "WARNING: that is beyond the tolerance; please report it.", style="bold red")
-    differences = comparison.accuracy_differences
-    worst = int(differences.argmax())
-    _print(
+        warn(console, "that is beyond the tolerance; please report it")
+    worst = comparison.most_different
+    print_line(
         console,
-        f"Final validation accuracies, in float32 after the whole training, differ by at most "
-        f"{100 * differences[worst]:.2f} points (model {comparison.models[worst]}) and by "
-        f"{100 * differences.mean():.2f} on average (tolerance {100 * ACCURACY_TOLERANCE:.0f}).",
+        f"After the whole training in float32, validation accuracies of {comparison.num_accuracies_agree} of "
+        f"{compared} agree within {100 * ACCURACY_TOLERANCE:g} points. Largest difference: "
+        f"{100 * comparison.accuracy_differences.max():.2f} points (model {worst}, learning rate "
+        f"{short(grid.configs[worst]['lr'])}).",
     )
+    if comparison.rounding_effect is not None:
+        print_line(
+            console,
+            f"Unstable training amplifies rounding: model {worst} trained alone twice, from weights one rounding step "
+            f"apart, ends {100 * comparison.rounding_effect:.2f} points apart.",
+        )
     if not comparison.accuracies_agree:
-        _print(console, "WARNING: that is beyond the tolerance; please report it.", style="bold red")
+        warn(console, "less than half of the accuracies agree; please report it")
+
+
+def write_results(
+    path: Path,
+    settings: dict[str, Any],
+    grid: Grid,
+    seeds: Sequence[int],
+    history: History,
+    comparison: Comparison | None,
+) -> None:
+    """Write everything that was run and measured as JSON; numbers that are not finite become null.
+
+    Args:
+        path: The file; replaced whole or not at all.
+        settings: The options of the run.
+        grid: Hyper-parameters of the models.
+        seeds: Seeds of their initial weights.
+        history: What was measured after each epoch.
+        comparison: With training one after another; None if left out.
+    """
+    ranks = {index: place for place, index in enumerate(rank(history), start=1)}
+    curves = {
+        "train_loss": torch.stack(history.train_loss, 1).tolist(),
+        "validation_loss": torch.stack(history.validation_loss, 1).tolist(),
+        "validation_accuracy": torch.stack(history.validation_accuracy, 1).tolist(),
+    }
+    results = {
+        "settings": settings,
+        "versions": {
+            "modelbatch-hybrid": mb_torch.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "learning_rates": grid.learning_rates,
+        "weight_decays": grid.weight_decays,
+        "seconds": {"at_once": history.total_seconds, "each_epoch": history.seconds},
+        "comparison": None if comparison is None else _comparison_record(comparison),
+        "models": [
+            {
+                "model": index,
+                "rank": ranks[index],
+                "learning_rate": config["lr"],
+                "weight_decay": config["weight_decay"],
+                "seed": seed,
+                "weights": f"weights/model_{index}.pt",
+                **{name: curve[index][-1] for name, curve in curves.items()},
+                "epochs": {name: curve[index] for name, curve in curves.items()},
+            }
+            for index, (config, seed) in enumerate(zip(grid.configs, seeds, strict=True))
+        ],
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(_finite(results), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _comparison_record(comparison: Comparison) -> dict[str, Any]:
+    return {
+        "models": comparison.models,
+        "measured_seconds": comparison.measured_seconds,
+        "one_after_another_seconds": comparison.loop_seconds,
+        "extrapolated": comparison.loop_seconds != comparison.measured_seconds,
+        "float64_models": comparison.checked_models,
+        "float64_steps": comparison.checked_steps,
+        "float64_weight_difference": comparison.weight_difference,
+        "float64_weight_tolerance": WEIGHT_TOLERANCE,
+        "validation_accuracy_differences": comparison.accuracy_differences.tolist(),
+        "validation_accuracy_tolerance": ACCURACY_TOLERANCE,
+        "rounding_effect": comparison.rounding_effect,
+    }
+
+
+def _finite(value: Any) -> Any:
+    """Replace NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def short(value: float) -> str:
+    """Write a hyper-parameter with two digits.
+
+    Example:
+        >>> short(0.003162), short(3.162e-05), short(1.0)
+        ('0.0032', '3.2e-5', '1')
+    """
+    return f"{value:.2g}".replace("e-0", "e-")
+
+
+def counted(number: int, what: str) -> str:
+    """Write a number of things.
+
+    Example:
+        >>> counted(1, "model"), counted(1438, "image")
+        ('1 model', '1,438 images')
+    """
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def print_line(console: Console, text: str, style: str | None = None) -> None:
+    """Print one paragraph as it is: no markup, and no line breaks that would tear paths apart."""
+    console.print(text, style=style, markup=False, soft_wrap=True)
+
+
+def warn(console: Console, text: str) -> None:
+    """Print a warning that cannot be overlooked."""
+    print_line(console, f"WARNING: {text}.", style="bold red")

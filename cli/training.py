@@ -6,6 +6,7 @@ results can be compared and their times make an honest ratio.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -63,6 +64,18 @@ class History:
     validation_loss: list[Tensor] = field(default_factory=list)
     validation_accuracy: list[Tensor] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+
+    @property
+    def total_seconds(self) -> float:
+        """Of the whole run."""
+        return sum(self.seconds)
+
+    @property
+    def start_up_seconds(self) -> float | None:
+        """How much longer the first epoch took than the others usually did; unknown after a single epoch."""
+        if len(self.seconds) < 2:
+            return None
+        return max(0.0, self.seconds[0] - statistics.median(self.seconds[1:]))
 
 
 def make_order(num_rows: int, batch_size: int, epochs: int, seed: int) -> Tensor:
@@ -137,7 +150,8 @@ def train_alone(task: Task, index: int) -> tuple[nn.Module, History]:
     with torch.random.fork_rng():
         torch.manual_seed(task.seeds[index])
         model = task.make_model()
-    optimizer = torch.optim.AdamW(model.parameters(), **task.configs[index])
+    config = task.configs[index]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config["lr"], weight_decay=config["weight_decay"])
     history = History()
     for batches in task.order:
         started = time.perf_counter()

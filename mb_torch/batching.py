@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mb_torch.core import ModelBatch
-from mb_torch.errors import InvalidInput
+from mb_torch.errors import InvalidInput, InvalidState, Unsupported
 
 BatchFactory = Callable[[Any, int], "AbstractBatchModule"]
 
@@ -54,6 +54,15 @@ class AbstractBatchModule(nn.Module):
 
     Attributes:
         batch: As given.
+
+    Example:
+        >>> class BatchScale(AbstractBatchModule):
+        ...     def __init__(self, batch):
+        ...         super().__init__(batch)
+        ...         self.factors = nn.Parameter(torch.ones(batch, 1, 1))
+        ...     def forward(self, batch_inputs): return self.factors * batch_inputs
+        >>> BatchScale(3)(torch.ones(3, 5, 2)).shape
+        torch.Size([3, 5, 2])
     """
 
     def __init__(self, batch: int) -> None:
@@ -78,7 +87,28 @@ class AbstractBatchModule(nn.Module):
             states: A ``state_dict`` of a single module, or a list of ``batch`` such.
         """
         each = self._states_for_each(states)
+        self._check_state_dicts(each)
         self.load_state_dict({name: torch.stack([state[name] for state in each]) for name in each[0]})
+
+    def _check_state_dicts(self, states: Sequence[Mapping[str, Tensor]], prefix: str = "") -> None:
+        """Raise `InvalidState`, naming module and key, unless every state has the right keys, shapes and dtypes.
+
+        Args:
+            states: One ``state_dict`` per module.
+            prefix: What the names begin with for the user.
+        """
+        own = self.state_dict()
+        for index, state in enumerate(states):
+            if state.keys() != own.keys():
+                missing, unknown = [sorted(prefix + key for key in a - b) for a, b in _both_ways(own, state)]
+                raise InvalidState(f"state of model {index}: missing keys {missing}, unknown keys {unknown}")
+            for name, value in state.items():
+                if value.shape != own[name].shape[1:] or value.dtype != own[name].dtype:
+                    raise InvalidState(
+                        f"state of model {index}, key {prefix + name!r}",
+                        received=f"{value.dtype} of shape {tuple(value.shape)}",
+                        expected=f"{own[name].dtype} of shape {tuple(own[name].shape[1:])}",
+                    )
 
     def _states_for_each(
         self, states: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]
@@ -114,18 +144,30 @@ class BatchModule(AbstractBatchModule):
         if not isinstance(module, nn.Module):
             raise InvalidInput("module", received=type(module).__name__, expected="a torch.nn.Module")
         root = nn.ModuleDict({"module": copy.deepcopy(module)})
-        self.registered = nn.ModuleDict()
-        for name, submodule in list(root.named_modules()):
-            if type(submodule) in _REGISTERED:
-                self.registered[name.replace(".", "/")] = _REGISTERED[type(submodule)](submodule, batch)
-                root.set_submodule(name, _RegisteredCall())
+        self.registered: nn.ModuleDict = nn.ModuleDict()
+        self._replace_registered(root, batch)
         self.models = ModelBatch([root["module"]] * batch, shared_input=False)
         self._connect()
 
+    def _replace_registered(self, root: nn.ModuleDict, batch: int) -> None:
+        """Put stand-ins where modules of registered classes are; one that occurs twice stays one."""
+        stand_ins: dict[int, _RegisteredCall] = {}
+        done: list[str] = []
+        for name, submodule in list(root.named_modules(remove_duplicate=False)):
+            if type(submodule) not in _REGISTERED or any(name.startswith(f"{parent}.") for parent in done):
+                continue
+            if id(submodule) not in stand_ins:
+                key = name.replace(".", "/")
+                self.registered[key] = _REGISTERED[type(submodule)](submodule, batch)
+                stand_ins[id(submodule)] = _RegisteredCall(key)
+            root.set_submodule(name, stand_ins[id(submodule)])
+            done.append(name)
+
     def _connect(self) -> None:
-        calls = dict(nn.ModuleDict({"module": self.models.prototype}).named_modules())
-        for name, batched in self.registered.items():
-            calls[name.replace("/", ".")].batched = (batched,)  # a tuple keeps it from being a submodule
+        for stand_in in self.models.prototype.modules():
+            if isinstance(stand_in, _RegisteredCall):
+                # A tuple keeps it from being a submodule of the single model.
+                stand_in.batched = (self.registered[stand_in.key],)  # type: ignore[assignment]
 
     def forward(self, *batch_inputs: Any, **keywords: Any) -> Any:
         """Run all models.
@@ -155,13 +197,22 @@ class BatchModule(AbstractBatchModule):
             InvalidState: A key is missing or unknown, or a tensor does not fit.
         """
         each = [dict(state) for state in self._states_for_each(states)]
+        parts: list[tuple[AbstractBatchModule, list[dict[str, Tensor]]]] = []
         for name, batched in self.registered.items():
+            assert isinstance(batched, AbstractBatchModule)
             prefix = _prefix(name)
             own = [
                 {k.removeprefix(prefix): state.pop(k) for k in list(state) if k.startswith(prefix)} for state in each
             ]
-            batched.load_state_dicts(own)  # type: ignore[operator]
+            batched._check_state_dicts(own, prefix)
+            parts.append((batched, own))
         self.models.load_model_states(each)
+        for batched, own in parts:
+            batched.load_state_dicts(own)
+
+
+def _both_ways(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[set[str], set[str]]]:
+    return [(set(a), set(b)), (set(b), set(a))]
 
 
 def _prefix(name: str) -> str:
@@ -172,10 +223,18 @@ def _prefix(name: str) -> str:
 class _RegisteredCall(nn.Module):
     """Stands in a single model for one of the modules that a registered batch module does at once."""
 
-    batched: tuple[nn.Module, ...] = ()
+    batched: tuple[AbstractBatchModule, ...] = ()
+
+    def __init__(self, key: str) -> None:
+        super().__init__()
+        self.key = key
 
     def forward(self, *inputs: Any) -> Any:
-        return _LeaveVmap.apply(self.batched[0], *inputs)
+        (module,) = self.batched
+        if module.batch > 1:
+            return _LeaveVmap.apply(module, *inputs)
+        outputs = module(*(value.unsqueeze(0) if isinstance(value, Tensor) else value for value in inputs))
+        return outputs[0] if isinstance(outputs, Tensor) else tuple(output[0] for output in outputs)
 
 
 class _LeaveVmap(torch.autograd.Function):
@@ -189,8 +248,8 @@ class _LeaveVmap(torch.autograd.Function):
 
     @staticmethod
     def forward(module: nn.Module, *inputs: Any) -> Any:
-        """Without vmap there is one model only."""
-        raise InvalidInput("a registered batch module can only be used in a BatchModule of at least two models")
+        """Refuse to run outside of vmap: there is no single model to run."""
+        raise Unsupported(f"{type(module).__name__} is registered for whole batches; its models cannot run one by one")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

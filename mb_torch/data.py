@@ -28,6 +28,12 @@ class Routed(NamedTuple):
         inputs: The routed inputs, `[num_models, max_subset, ...]` (`[batch, ...]` in passthrough mode).
         targets: The routed targets, likewise.
         weights: `[num_models, max_subset]`, 1 for real rows and 0 for padding; `None` in passthrough mode.
+
+    Example:
+        >>> router, rows = DataRouter("indices"), [[0, 1], [2]]
+        >>> router.route_batch(torch.arange(3.0), indices=rows, targets=torch.arange(3)).weights
+        tensor([[1., 1.],
+                [1., 0.]])
     """
 
     inputs: Any

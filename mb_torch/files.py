@@ -80,7 +80,7 @@ def _load(path: Path) -> ModelState:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no one error for a damaged file
         # Further lines of torch's message advise to open files without its safety.
-        cause = str(error).strip().split("\n", 1)[0].split(" (1)", 1)[0]
+        cause = str(error).strip().split("\n", 1)[0].split(". ", 1)[0]
         raise InvalidState(f"{path} cannot be read: {cause}", fix="Nothing was loaded.") from error
     if not isinstance(state, dict):
         raise InvalidState(f"{path}", received=type(state).__name__, expected="a state_dict", fix="Nothing was loaded.")

@@ -1,4 +1,4 @@
-"""The one comparison of pytrees and state dicts: strict about structure, dtype and shape, and loud about what differs."""
+"""The one comparison of nested containers of tensors: strict about structure, type, shape and value."""
 
 from __future__ import annotations
 

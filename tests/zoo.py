@@ -1,7 +1,8 @@
 """The zoo: one table of small modules that every backend and every parity test runs.
 
 It holds every layer family of torch.nn that has parameters or buffers, the layers that only pass gradients on
-(behind a layer that trains), and the structures found in training scripts. Whole models live in `tests.zoo_models`.
+(behind a layer that trains), and the structures found in training scripts. Modules of
+our own are in `tests.zoo_structures` and `tests.zoo_models`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Generator, Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune, rnn
 from torch.utils import _pytree as pytree
 
-from tests import zoo_models as own
+from tests import zoo_models as models
+from tests import zoo_structures as own
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -262,10 +264,20 @@ EMBEDDING = [
         ids(7, 3, 5),
     ),
     Case("embedding_bag_mean", lambda: nn.EmbeddingBag(7, 4), ids(7, 3, 5)),
-    Case("embedding_bag_sum_offsets", lambda: nn.EmbeddingBag(7, 4, mode="sum"), both(ids(7, 8), fixed(torch.tensor([0, 3, 3, 6])))),
-    Case("embedding_bag_mean_offsets", lambda: nn.EmbeddingBag(7, 4), both(ids(7, 8), fixed(torch.tensor([0, 3, 3, 6])))),
+    Case(
+        "embedding_bag_sum_offsets",
+        lambda: nn.EmbeddingBag(7, 4, mode="sum"),
+        both(ids(7, 8), fixed(torch.tensor([0, 3, 3, 6]))),
+    ),
+    Case(
+        "embedding_bag_mean_offsets", lambda: nn.EmbeddingBag(7, 4), both(ids(7, 8), fixed(torch.tensor([0, 3, 3, 6])))
+    ),
     Case("embedding_bag_max", lambda: nn.EmbeddingBag(7, 4, mode="max"), ids(7, 3, 5)),
-    Case("embedding_bag_max_offsets", lambda: nn.EmbeddingBag(7, 4, mode="max", padding_idx=1), both(ids(7, 8), fixed(torch.tensor([0, 3, 3, 6])))),
+    Case(
+        "embedding_bag_max_offsets",
+        lambda: nn.EmbeddingBag(7, 4, mode="max", padding_idx=1),
+        both(ids(7, 8), fixed(torch.tensor([0, 3, 3, 6]))),
+    ),
     Case("embedding_bag_padding", lambda: nn.EmbeddingBag(7, 4, padding_idx=1), ids(7, 3, 5)),
     Case(
         "embedding_bag_last_offset",
@@ -318,7 +330,7 @@ RECURRENT = [
     Case("gru_cell_no_bias", lambda: own.CellLoop(nn.GRUCell(4, 3, bias=False)), SEQUENCE),
     Case("rnn_cell", lambda: own.CellLoop(nn.RNNCell(4, 3)), SEQUENCE),
     Case("rnn_cell_relu", lambda: own.CellLoop(nn.RNNCell(4, 3, nonlinearity="relu")), SEQUENCE),
-    Case("lstm_language_model", own.RecurrentLanguageModel, ids(10, 5, 3)),
+    Case("lstm_language_model", models.RecurrentLanguageModel, ids(10, 5, 3)),
 ]
 
 ATTENTION = [
@@ -385,8 +397,8 @@ RANDOM = [
     Case("rrelu", lambda: after(nn.Linear(4, 16), nn.RReLU()), ROW, random=True),
     Case("rrelu_eval", lambda: after(nn.Linear(4, 16), nn.RReLU()), ROW, training=False),
     Case("fractional_max_pool2d", lambda: after(conv2(), nn.FractionalMaxPool2d(2, output_size=4)), IMAGE, random=True),
-    Case("variational_autoencoder", own.VariationalAutoencoder, real(5, 6), random=True),
-    Case("gumbel_router", own.GumbelRouter, ROW, random=True),
+    Case("variational_autoencoder", models.VariationalAutoencoder, real(5, 6), random=True),
+    Case("gumbel_router", models.GumbelRouter, ROW, random=True),
 ]
 
 SHAPING = [
@@ -398,7 +410,9 @@ SHAPING = [
     Case("average_pool2d", lambda: after(conv2(), nn.AvgPool2d(3, 2, count_include_pad=False, padding=1)), IMAGE),
     Case("average_pool3d", lambda: after(conv3(), nn.AvgPool3d(2)), VOLUME),
     Case("lp_pool2d", lambda: after(conv2(), nn.Softplus(), nn.LPPool2d(2.0, 2)), IMAGE),
-    Case("adaptive_average_pool", lambda: after(conv1(), nn.AdaptiveAvgPool1d(3), nn.Flatten(), nn.Linear(12, 2)), SIGNAL),
+    Case(
+        "adaptive_average_pool", lambda: after(conv1(), nn.AdaptiveAvgPool1d(3), nn.Flatten(), nn.Linear(12, 2)), SIGNAL
+    ),
     Case("adaptive_average_pool2d", lambda: after(conv2(), nn.AdaptiveAvgPool2d((2, 4))), IMAGE),
     Case("adaptive_average_pool3d", lambda: after(conv3(), nn.AdaptiveAvgPool3d(2)), VOLUME),
     Case("adaptive_max_pool1d", lambda: after(conv1(), nn.AdaptiveMaxPool1d(3)), SIGNAL),
@@ -428,10 +442,20 @@ STRUCTURE = [
     Case("weight_norm", lambda: parametrizations.weight_norm(nn.Conv2d(2, 3, 3)), IMAGE),
     Case("spectral_norm", lambda: parametrizations.spectral_norm(nn.Conv2d(2, 3, 3)), IMAGE),
     Case("spectral_norm_eval", lambda: parametrizations.spectral_norm(nn.Linear(4, 3)), ROW, training=False),
-    Case("spectral_norm_deep", lambda: parametrizations.spectral_norm(nn.ConvTranspose2d(2, 3, 3), n_power_iterations=2), IMAGE),
-    Case("orthogonal_exponential", lambda: parametrizations.orthogonal(nn.Linear(4, 4), orthogonal_map="matrix_exp"), ROW),
+    Case(
+        "spectral_norm_deep",
+        lambda: parametrizations.spectral_norm(nn.ConvTranspose2d(2, 3, 3), n_power_iterations=2),
+        IMAGE,
+    ),
+    Case(
+        "orthogonal_exponential", lambda: parametrizations.orthogonal(nn.Linear(4, 4), orthogonal_map="matrix_exp"), ROW
+    ),
     Case("orthogonal_cayley", lambda: parametrizations.orthogonal(nn.Linear(4, 3), orthogonal_map="cayley"), ROW),
-    Case("orthogonal_householder", lambda: parametrizations.orthogonal(nn.Linear(4, 5), orthogonal_map="householder"), ROW),
+    Case(
+        "orthogonal_householder",
+        lambda: parametrizations.orthogonal(nn.Linear(4, 5), orthogonal_map="householder"),
+        ROW,
+    ),
     Case("parametrized", lambda: parametrized(nn.Linear(4, 3), "weight", own.Scaled(), own.Positive()), ROW),
     Case("weight_norm_hook", lambda: nn.utils.weight_norm(nn.Linear(4, 3)), ROW),
     Case("weight_norm_hook_lstm", lambda: nn.utils.weight_norm(nn.LSTM(4, 3), "weight_hh_l0"), SEQUENCE),
@@ -448,33 +472,65 @@ STRUCTURE = [
     Case("scalar_parameter", own.ScalarParameter, ROW),
     Case("complex_parameter", own.ComplexFilter, real(4, 2, 8)),
     Case("many_outputs", own.ManyOutputs, ROW),
-    Case("extra_inputs", own.ExtraInputs, join(both(real(5, 4), real(5, 2)), lambda g: ((), {"gate": torch.randn(5, 1, generator=g), "power": 2}))),
-    Case("keyword_only", own.KeywordOnly, lambda g: ((), {"batch": {"tokens": torch.randint(7, (3, 4), generator=g), "mask": ~padding(4, 2, 3)}})),
+    Case(
+        "extra_inputs",
+        own.ExtraInputs,
+        join(both(real(5, 4), real(5, 2)), lambda g: ((), {"gate": torch.randn(5, 1, generator=g), "power": 2})),
+    ),
+    Case(
+        "keyword_only",
+        own.KeywordOnly,
+        lambda g: ((), {"batch": {"tokens": torch.randint(7, (3, 4), generator=g), "mask": ~padding(4, 2, 3)}}),
+    ),
     Case("loss_inside", own.LossInside, both(real(6, 4), ids(3, 6))),
 ]
 
 MODELS = [
-    Case("resnet_block", lambda: own.BasicBlock(2, 4, stride=2), IMAGE),
-    Case("resnet_block_eval", lambda: own.BasicBlock(2, 4, stride=1), IMAGE, training=False),
-    Case("inception_block", lambda: own.Concatenate(nn.Conv2d(2, 2, 1), conv2(3), after(nn.AvgPool2d(3, 1, 1), nn.Conv2d(2, 2, 1))), IMAGE),
-    Case("dense_block", lambda: after(own.Concatenate(nn.Identity(), conv2(3)), nn.GroupNorm(1, 5), nn.Conv2d(5, 2, 1)), IMAGE),
-    Case("squeeze_excite", lambda: after(conv2(), own.SqueezeExcite(4)), IMAGE),
-    Case("unet", own.SmallUNet, real(3, 1, 8, 8)),
-    Case("convolutional_autoencoder", lambda: after(nn.Conv2d(2, 4, 3, 2, 1), nn.ELU(), nn.ConvTranspose2d(4, 2, 3, 2, 1, 1)), IMAGE),
-    Case("wave_block", lambda: after(nn.Conv1d(2, 3, 1), own.WaveBlock(), nn.Conv1d(3, 2, 1)), SIGNAL),
-    Case("mixer_block", lambda: own.MixerBlock(5, 8), TOKENS),
-    Case("gpt", lambda: own.SmallGPT(fused=False), ids(11, 2, 6)),
-    Case("gpt_fused_attention", lambda: own.SmallGPT(fused=True), ids(11, 2, 6)),
-    Case("encoder_for_classification", own.EncoderForClassification, named(input_ids=ids(12, 2, 5), attention_mask=fixed((~padding(5, 3)).long()))),
-    Case("vit", own.SmallViT, real(2, 1, 8, 8)),
-    Case("vit_eval", own.SmallViT, real(2, 1, 8, 8), training=False),
-    Case("residual_mlp", lambda: after(own.Residual(after(nn.LayerNorm(4), nn.Linear(4, 4), nn.GELU())), nn.Linear(4, 2)), ROW),
-    Case("convolutional_recurrent", lambda: after(conv1(), own.Permute(2, 0, 1), own.First(nn.GRU(4, 3)), nn.Linear(3, 2)), SIGNAL),
-    Case("hyper_network", own.HyperNetwork, both(real(5, 4), real(5, 2))),
-    Case("graph_convolution", own.GraphConvolution, both(real(5, 3), ids(5, 2, 8))),
-    Case("highway", own.Highway, ROW),
-    Case("vector_quantizer", own.VectorQuantizer, ROW),
-    Case("deep_set", own.DeepSet, real(4, 6, 3)),
+    Case("resnet_block", lambda: models.BasicBlock(2, 4, stride=2), IMAGE),
+    Case("resnet_block_eval", lambda: models.BasicBlock(2, 4, stride=1), IMAGE, training=False),
+    Case(
+        "inception_block",
+        lambda: own.Concatenate(nn.Conv2d(2, 2, 1), conv2(3), after(nn.AvgPool2d(3, 1, 1), nn.Conv2d(2, 2, 1))),
+        IMAGE,
+    ),
+    Case(
+        "dense_block",
+        lambda: after(own.Concatenate(nn.Identity(), conv2(3)), nn.GroupNorm(1, 5), nn.Conv2d(5, 2, 1)),
+        IMAGE,
+    ),
+    Case("squeeze_excite", lambda: after(conv2(), models.SqueezeExcite(4)), IMAGE),
+    Case("unet", models.SmallUNet, real(3, 1, 8, 8)),
+    Case(
+        "convolutional_autoencoder",
+        lambda: after(nn.Conv2d(2, 4, 3, 2, 1), nn.ELU(), nn.ConvTranspose2d(4, 2, 3, 2, 1, 1)),
+        IMAGE,
+    ),
+    Case("wave_block", lambda: after(nn.Conv1d(2, 3, 1), models.WaveBlock(), nn.Conv1d(3, 2, 1)), SIGNAL),
+    Case("mixer_block", lambda: models.MixerBlock(5, 8), TOKENS),
+    Case("gpt", lambda: models.SmallGPT(fused=False), ids(11, 2, 6)),
+    Case("gpt_fused_attention", lambda: models.SmallGPT(fused=True), ids(11, 2, 6)),
+    Case(
+        "encoder_for_classification",
+        models.EncoderForClassification,
+        named(input_ids=ids(12, 2, 5), attention_mask=fixed((~padding(5, 3)).long())),
+    ),
+    Case("vit", models.SmallViT, real(2, 1, 8, 8)),
+    Case("vit_eval", models.SmallViT, real(2, 1, 8, 8), training=False),
+    Case(
+        "residual_mlp",
+        lambda: after(own.Residual(after(nn.LayerNorm(4), nn.Linear(4, 4), nn.GELU())), nn.Linear(4, 2)),
+        ROW,
+    ),
+    Case(
+        "convolutional_recurrent",
+        lambda: after(conv1(), own.Permute(2, 0, 1), own.First(nn.GRU(4, 3)), nn.Linear(3, 2)),
+        SIGNAL,
+    ),
+    Case("hyper_network", models.HyperNetwork, both(real(5, 4), real(5, 2))),
+    Case("graph_convolution", models.GraphConvolution, both(real(5, 3), ids(5, 2, 8))),
+    Case("highway", models.Highway, ROW),
+    Case("vector_quantizer", models.VectorQuantizer, ROW),
+    Case("deep_set", models.DeepSet, real(4, 6, 3)),
 ]
 
 ONE_BY_ONE = [

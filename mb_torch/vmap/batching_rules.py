@@ -1,9 +1,9 @@
 """Rules that ``torch.vmap`` lacks for single operations, beside those that layers.py closes for whole layers.
 
 Without a rule vmap runs an operation model by model (and warns of it) or refuses. The rules are registered once for
-the process, and only where torch has none: nothing that works is replaced. They are of two kinds: an operation
-written in terms of others that vmap knows, and an operation with a row axis whose rows from all models are run as
-one long batch.
+the process, and only where torch has none: nothing that works is replaced (the exception, embedding, is wrong in
+torch). They are of two kinds: an operation written in terms of others that vmap knows, and an operation with a row
+axis whose rows from all models are run as one long batch.
 
 Source: "Writing batching rules", https://github.com/pytorch/pytorch/blob/main/aten/src/ATen/functorch.
 """
@@ -168,6 +168,7 @@ def each_alone(operation: Callable[..., tuple[Tensor, ...]], tensors: Sequence[T
         What it returns, as tensors that stand for all models again.
     """
     interpreter = retrieve_current_functorch_interpreter()
+    assert isinstance(interpreter, VmapInterpreter)
     level = interpreter.level()
     with interpreter.lower():
         pairs = [_functorch._unwrap_batched(tensor, level) for tensor in tensors]

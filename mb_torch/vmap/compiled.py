@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from mb_torch.errors import Unsupported
 from mb_torch.vmap.definition import Definition
 from mb_torch.vmap.mapping import ModelMap, Trace
 
@@ -45,8 +47,25 @@ class CompiledFunction(Generic[T]):
         return result
 
     def __call__(self, *args: Any) -> Any:
-        """Call the compiled function."""
-        return self._function(*args)
+        """Call the compiled function.
+
+        Raises:
+            Unsupported: The compiler failed; the function itself has passed its dry run.
+        """
+        try:
+            return self._function(*args)
+        except Exception as error:
+            if _is_compiler_failure(error):
+                raise Unsupported(
+                    f"torch.compile failed: {' '.join(str(error).split()[:40])}", fix="Leave out enable_compile()."
+                ) from error
+            raise
+
+
+def _is_compiler_failure(error: Exception) -> bool:
+    exceptions = importlib.import_module("torch._dynamo.exc")
+    # A runtime error under trace is one of the model.
+    return isinstance(error, exceptions.TorchDynamoException) and not isinstance(error, exceptions.TorchRuntimeError)
 
 
 def _form(definitions: list[Definition], trees: tuple[Any, ...]) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mb_torch.clipping import clip_gradients_
 from mb_torch.vmap.autocast import honoured_autocast
 from mb_torch.vmap.compiled import CompiledFunction
-from mb_torch.vmap.mapping import ModelMap, split_leaves
+from mb_torch.vmap.mapping import ModelMap, randomness, split_leaves
 from mb_torch.vmap.update_rules import UpdateInputs, apply_updates
 from mb_torch.vmap.views import PerModelOptimizer
 
@@ -167,7 +167,9 @@ class CompiledStep:
         trained = [job.stacks[definition][position] for definition, position in used]
         mapped, with_mapped = split_leaves(job.trees, job.dims)
         in_dims = (0, 0, None if job.keys is None else 0, 0, None if job.scale is None else 0, 0)
-        run = torch.vmap(torch.func.grad_and_value(loss, has_aux=True), in_dims=in_dims, randomness="different")
+        run = torch.vmap(
+            torch.func.grad_and_value(loss, has_aux=True), in_dims=in_dims, randomness=randomness(job.keys)
+        )
         anchor = torch.empty(job.size, 0)
         grads, (_, (outputs, replaced)) = run(trained, job.stacks, job.keys, mapped, job.scale, anchor)
         return Result(outputs, replaced, grads)

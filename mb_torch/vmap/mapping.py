@@ -142,7 +142,8 @@ class ModelMap:
                 return self.one(tensors, key, with_mapped(mapped))
 
         # The anchor gives vmap its size where nothing else is mapped.
-        run = torch.vmap(one, in_dims=(0, None if keys is None else 0, 0, 0), randomness="different")
+        in_dims = (0, None if keys is None else 0, 0, 0)
+        run = torch.vmap(one, in_dims=in_dims, randomness=randomness(keys))
         return run(tensors, keys, mapped, torch.empty(size, 0))
 
     def _drawing(self, keys: Tensor | None) -> AbstractContextManager[None]:
@@ -178,6 +179,11 @@ class ModelMap:
             with self._drawing(keys):
                 results.append((*self.one(own, key, model_trees(trees, per_model, index)), self.trace))
         return _stack(results)
+
+
+def randomness(keys: Tensor | None) -> str:
+    """How vmap treats torch's own generator: as one stream for all models, or as an error if they have their own."""
+    return "different" if keys is None else "error"
 
 
 def batch_dims(trees: tuple[Any, ...], per_model: Sequence[bool]) -> tuple[int | None, ...]:

@@ -36,7 +36,7 @@ __all__ = ["PerModelOptimizer", "StackedOptimizer", "ViewOptimizer", "apply_upda
 
 # Stacks are updated in buckets of about this size, so that temporaries stay in the cache of a CPU and small
 # beside the stacks on an accelerator, where each operation costs more to start.
-_BUCKET_BYTES = {"cpu": 1 << 20}
+_BUCKET_BYTES = {"cpu": 1 << 19}
 _BUCKET_BYTES_ELSEWHERE = 1 << 26
 
 

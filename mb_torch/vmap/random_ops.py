@@ -417,10 +417,16 @@ def _wide(input: Tensor) -> torch.dtype:
 # Python functions of torch that draw by calling the functions above
 
 
+def _check_key_padding_mask(mask: Tensor, src_len: int, bsz: int) -> None:
+    """Stand in for attention's own check, whose messages hold tensors, which torch.compile cannot trace."""
+    if mask.shape != (bsz, src_len):
+        raise InvalidInput("key_padding_mask", received=f"shape {tuple(mask.shape)}", expected=f"({bsz}, {src_len})")
+
+
 def _body(function: Any) -> FunctionType:
     """Return a function of torch.nn.functional without its first step, the question whether a mode replaces it."""
     never = {f"has_torch_function{form}": lambda *_: False for form in ("", "_unary", "_variadic")}
-    names = {**function.__globals__, **never}
+    names = {**function.__globals__, **never, "_check_key_padding_mask": _check_key_padding_mask}
     # torch.compile looks the globals of a function up in the module of that name, which are the original ones.
     del names["__name__"]
     return FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)

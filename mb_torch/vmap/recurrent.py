@@ -42,17 +42,27 @@ def _gru_step(from_input: Tensor, from_hidden: Tensor, hidden: Tensor) -> Tensor
     return candidate + update * (hidden - candidate)
 
 
+def _read_weights(module: nn.RNNBase) -> dict[str, Tensor]:
+    """The weights by name, those computed by a parametrization included."""
+    names = module._flat_weights_names
+    computed = [name for name in names if name not in module._parameters]
+    if computed:
+        # torch asks whether weights have changed, up to the first that has, before it reads them all, both times with
+        # hasattr first. It matters where each look has an effect: spectral_norm iterates at every one.
+        _ = hasattr(module, computed[0]), getattr(module, computed[0], None)
+    return {name: getattr(module, name) for name in names if hasattr(module, name)}
+
+
 class _Direction:
     """One direction of one layer: its weights, and what they do at one step."""
 
-    def __init__(self, module: nn.RNNBase, layer: int, reverse: bool) -> None:
+    def __init__(self, module: nn.RNNBase, weights: dict[str, Tensor], layer: int, reverse: bool) -> None:
         suffix = f"_l{layer}" + ("_reverse" if reverse else "")
-        # Read by name at every pass: the list that torch keeps for its kernels may be out of date.
-        self.weight_input: Tensor = getattr(module, "weight_ih" + suffix)
-        self.weight_hidden: Tensor = getattr(module, "weight_hh" + suffix)
-        self.bias_input: Tensor | None = getattr(module, "bias_ih" + suffix, None)
-        self.bias_hidden: Tensor | None = getattr(module, "bias_hh" + suffix, None)
-        self.projection: Tensor | None = getattr(module, "weight_hr" + suffix, None)
+        self.weight_input = weights["weight_ih" + suffix]
+        self.weight_hidden = weights["weight_hh" + suffix]
+        self.bias_input = weights.get("bias_ih" + suffix)
+        self.bias_hidden = weights.get("bias_hh" + suffix)
+        self.projection = weights.get("weight_hr" + suffix)
         self.mode = module.mode
         self.reverse = reverse
 
@@ -108,6 +118,7 @@ class _Direction:
 
 def _run_layers(module: nn.RNNBase, rows: Tensor, sizes: Sequence[int], start: State) -> tuple[Tensor, State]:
     """Run all layers and directions over a packed sequence; states are ``[layers * directions, rows, hidden]``."""
+    weights = _read_weights(module)
     directions = 2 if module.bidirectional else 1
     ends: list[State] = []
     for layer in range(module.num_layers):
@@ -116,7 +127,7 @@ def _run_layers(module: nn.RNNBase, rows: Tensor, sizes: Sequence[int], start: S
         results = []
         for direction in range(directions):
             first = tuple(part[layer * directions + direction] for part in start)
-            hidden, end = _Direction(module, layer, reverse=direction == 1).run(rows, sizes, first)
+            hidden, end = _Direction(module, weights, layer, reverse=direction == 1).run(rows, sizes, first)
             results.append(hidden)
             ends.append(end)
         rows = torch.cat(results, dim=-1) if directions == 2 else results[0]
@@ -195,13 +206,12 @@ def _own_kernel_is_faster(module: nn.RNNBase, sequence: Tensor, rows: int) -> bo
     the cache (rows times hidden size) the fused kernel is up to three times as fast. torch has no such kernel for
     the other layers, other dtypes, projections and other devices.
     """
-    fused = module.mode == "LSTM" and module.proj_size == 0 and torch.backends.mkldnn.is_available()
-    if not fused or sequence.device.type != "cpu" or sequence.dtype != torch.float32:
+    if torch.compiler.is_compiling() or module.mode != "LSTM" or module.proj_size > 0:
+        return False
+    if sequence.device.type != "cpu" or sequence.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return False
     if module.training and module.dropout > 0.0 and module.num_layers > 1:
         # The kernel would draw the masks out of reach of the models' random streams.
-        return False
-    if torch.compiler.is_compiling():
         return False
     models = mapped_models()
     return models is not None and (models <= _FEW_MODELS or rows * module.hidden_size >= _MUCH_WORK)
@@ -211,7 +221,7 @@ def _run_own_kernel(module: nn.RNNBase, sequence: Tensor, start: State) -> tuple
     """What an LSTM returns, by torch's own kernel for each model."""
 
     def run(sequence: Tensor, hidden: Tensor, cell: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        return torch.lstm(  # type: ignore[no-any-return]
+        return torch.lstm(
             sequence,
             (hidden, cell),
             weights,
@@ -223,8 +233,7 @@ def _run_own_kernel(module: nn.RNNBase, sequence: Tensor, start: State) -> tuple
             module.batch_first,
         )
 
-    weights = [weight for layer in module.all_weights for weight in layer]
-    output, hidden, cell = each_alone(run, [sequence, *start, *weights])
+    output, hidden, cell = each_alone(run, [sequence, *start, *_read_weights(module).values()])
     return output, (hidden, cell)
 
 

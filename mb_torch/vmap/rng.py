@@ -189,7 +189,8 @@ class seeded:
     escapes the list of names is noticed on leaving the block, because torch's own generator has moved. Randomness
     from outside torch (``random``, ``numpy.random``) is not seen.
 
-    Works under ``vmap`` with a batched key, under ``grad`` and inside functions that ``torch.compile`` traces.
+    Works under ``vmap`` with a batched key, under ``grad`` and inside functions that ``torch.compile`` traces; there
+    the generator is not looked at, but vmap's ``randomness="error"`` turns what escapes the list into an error.
 
     Args:
         key: 0-dim int64 (under vmap: batched), an element of what `make_keys` returns.

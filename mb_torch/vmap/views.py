@@ -277,9 +277,6 @@ class ViewOptimizer(PerModelOptimizer):
             for stack, grad in zip(self._stacks, own_grads, strict=True):
                 if grad is not stack.parameter.grad:
                     stack.parameter.grad = grad
-        for stack in self._stacks:
-            # The views have version counters of their own; autograd must see that the stacks changed.
-            torch.autograd.graph.increment_version(stack.parameter)
 
     def _move_state(self) -> None:
         for model in range(self.num_models):

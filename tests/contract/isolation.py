@@ -113,7 +113,9 @@ class IsolationContract(ContractBase):
 
     @pytest.mark.parametrize("name", OPTIMIZERS)
     @given(
-        key=st.sampled_from(["lr", "weight_decay"]), value=st.sampled_from([0.0, 0.037, 5.0]), when=st.integers(0, STEPS - 1)
+        key=st.sampled_from(["lr", "weight_decay"]),
+        value=st.sampled_from([0.0, 0.037, 5.0]),
+        when=st.integers(0, STEPS - 1),
     )
     @thorough
     def test_another_hyper_parameter_of_one_model_changes_no_other(

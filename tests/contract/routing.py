@@ -55,7 +55,9 @@ def route(rows: list[list[int]], inputs: Tensor | None = None, targets: Tensor |
 
 def own_rows(rows: list[list[int]], batch: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
     """What each model sees."""
-    return [(batch[0][torch.tensor(own, dtype=torch.long)], batch[1][torch.tensor(own, dtype=torch.long)]) for own in rows]
+    return [
+        (batch[0][torch.tensor(own, dtype=torch.long)], batch[1][torch.tensor(own, dtype=torch.long)]) for own in rows
+    ]
 
 
 class RoutingContract(ContractBase):
@@ -65,14 +67,18 @@ class RoutingContract(ContractBase):
     @selections
     @pytest.mark.parametrize("options", [{}, {"chunk_size": 1}, {"chunk_size": 3}])
     @pytest.mark.parametrize("make", [mlp, normed])
-    def test_eager_losses_gradients_and_buffers(self, make: Any, rows: list[list[int]], options: dict[str, int]) -> None:
+    def test_eager_losses_gradients_and_buffers(
+        self, make: Any, rows: list[list[int]], options: dict[str, int]
+    ) -> None:
         models = build(make, 4)
         mb = self.routed_batch(models, **options)
         inputs, targets, weights = route(rows)
         outputs = mb(inputs)
         losses = mb.compute_loss(outputs, targets, weighted, "none", weights=weights)
         losses.sum().backward()
-        for index, (model, (x, y)) in enumerate(zip(models, own_rows(rows, (features(rows=ROWS), labels(rows=ROWS))), strict=True)):
+        for index, (model, (x, y)) in enumerate(
+            zip(models, own_rows(rows, (features(rows=ROWS), labels(rows=ROWS))), strict=True)
+        ):
             if not len(x):
                 continue
             own = model(x)
@@ -142,9 +148,7 @@ class RoutingContract(ContractBase):
         routed = DataRouter("mask").route_batch(inputs, masks=list(masks), targets=targets)
         mb = self.routed_batch(models)
         losses = mb.compute_loss(mb(routed.inputs), routed.targets, weighted, "none")
-        expected = [
-            weighted(model(inputs[mask]), targets[mask]) for model, mask in zip(models, masks, strict=True)
-        ]
+        expected = [weighted(model(inputs[mask]), targets[mask]) for model, mask in zip(models, masks, strict=True)]
         assert_close(losses, torch.stack(expected))
 
     def test_weights_alone_leave_padding_out_of_the_loss(self) -> None:

@@ -104,7 +104,9 @@ class StepsContract(ContractBase):
         step = mb.make_train_step(F.cross_entropy, sgd_for(mb), clip_norm=bounds)
         step.run(batches())
         for index, model in enumerate(models):
-            train_alone([model], batches(), classify, lambda _, p, i=index: plain_sgd(i, p), clip_norm=float(bounds[index]))
+            train_alone(
+                [model], batches(), classify, lambda _, p, i=index: plain_sgd(i, p), clip_norm=float(bounds[index])
+            )
         assert_close([dict(state) for state in mb.get_model_states()], [dict(m.state_dict()) for m in models])
 
     def test_frozen_and_tied_parameters(self) -> None:

@@ -159,9 +159,7 @@ class StreamsContract(ContractBase):
 
     def test_models_that_draw_nothing_may_have_seeds(self) -> None:
         models = build(mlp, 2)
-        assert_close(
-            self.batch(models, seeds=[1, 2])(features()), torch.stack([model(features()) for model in models])
-        )
+        assert_close(self.batch(models, seeds=[1, 2])(features()), torch.stack([model(features()) for model in models]))
 
 
 def train(mb: ModelBatch, rates: list[float], fused: bool, steps: int = 3) -> None:

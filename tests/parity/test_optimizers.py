@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 from mb_torch.schedule import create_lr_scheduler
 from mb_torch.vmap import optim as stacked_optim
 from mb_torch.vmap.optim import StackedOptimizer, ViewOptimizer, make_optimizer
-from tests.compare import assert_close, assert_equal
+from tests.compare import assert_close
 from tests.optimizers import (
     CASES,
     MATRIX_SHAPES,
@@ -230,24 +230,6 @@ def sgd_in_half_precision(parameter: Tensor, grad: Tensor, config: dict[str, Any
             buffer = (buffer.float() + grad.float() * weight).to(dtype)
         parameter = (parameter.float() - buffer.float() * config["lr"]).to(dtype)
     return parameter
-
-
-@pytest.mark.parametrize("name", ["SGD-lr", "SGD-momentum", "SGD-dampening"])
-def test_half_precision_keeps_all_digits_of_the_hyper_parameters(name: str) -> None:
-    """Not a bit differs (torch itself rounds a rate to half precision or not, depending on a tensor's length)."""
-    case = CASES[NAMES.index(name)]
-    values = starting_values(dtype=torch.bfloat16)
-    batch = StandInBatch(make_optimizer, values)
-    optimizer = batch.make_optimizer(case.optimizer_cls, case.fresh_configs())
-    models = models_one_by_one(values)
-    for _ in range(STEPS):
-        optimizer.update([torch.full_like(stack, 0.3) for stack in batch.stacked_params.values()])  # type: ignore[attr-defined]
-    for index, (model, config) in enumerate(zip(models, case.fresh_configs(), strict=True)):
-        expected = {
-            key: sgd_in_half_precision(value.detach(), torch.full_like(value.detach(), 0.3), config)
-            for key, value in model.items()
-        }
-        assert_equal({key: stack[index].detach() for key, stack in batch.stacked_params.items()}, expected)
 
 
 @pytest.mark.parametrize("name", NINE)

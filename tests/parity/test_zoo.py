@@ -100,7 +100,9 @@ def loss_of(model: nn.Module, batch: Any) -> Tensor:
 
 def stacked(batches: Sequence[Any]) -> Any:
     """One batch for each model, as one with a leading model axis."""
-    return pytree.tree_map(lambda *leaves: torch.stack(leaves) if isinstance(leaves[0], Tensor) else leaves[0], *batches)
+    return pytree.tree_map(
+        lambda *leaves: torch.stack(leaves) if isinstance(leaves[0], Tensor) else leaves[0], *batches
+    )
 
 
 def optimizer_for(mb: ModelBatch) -> torch.optim.Optimizer | None:

@@ -84,7 +84,10 @@ def test_no_seeds_in_the_factory() -> None:
     [
         (lambda: nn.Conv1d(4, 3, 1), "model 2 .*is a Conv1d, in model 0 a Linear"),
         (lambda: nn.Linear(4, 5), r"model 2 .*weight has shape \(5, 4\), in model 0 \(3, 4\)"),
-        (lambda: nn.Linear(4, 3, dtype=torch.float64), "model 2 .*weight has dtype torch.float64, in model 0 torch.float32"),
+        (
+            lambda: nn.Linear(4, 3, dtype=torch.float64),
+            "model 2 .*weight has dtype torch.float64, in model 0 torch.float32",
+        ),
         (lambda: nn.Linear(4, 3).requires_grad_(False), "model 2 .*weight has requires_grad False, in model 0 True"),
         (lambda: nn.Linear(4, 3, bias=False), "model 2 .*bias is None"),
     ],
@@ -223,7 +226,10 @@ def test_targets_that_fit_both_shapes() -> None:
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (lambda o, t: F.cross_entropy(o, t, reduction="none"), r"one value per model: received a tensor of shape \(6,\)"),
+        (
+            lambda o, t: F.cross_entropy(o, t, reduction="none"),
+            r"one value per model: received a tensor of shape \(6,\)",
+        ),
         (lambda o, t: F.cross_entropy(o, t).reshape(1), r"shape \(1,\)"),
         (lambda o, t: 0.5, "received float"),
         (lambda o, t: None, "received NoneType"),
@@ -522,9 +528,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_files_are_not_executed(
-    mb: ModelBatch, folder: Path, zipped: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_are_not_executed(mb: ModelBatch, folder: Path, zipped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PAYLOAD_TARGET", str(folder / "executed"))
     state = {**mlp().state_dict(), "4.bias": Payload()}
     torch.save(state, folder / "model_2.pt", _use_new_zipfile_serialization=zipped)
@@ -539,9 +543,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_saving_that_fails_leaves_the_old_files(
-    mb: ModelBatch, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_saving_that_fails_leaves_the_old_files(mb: ModelBatch, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = {path.name: path.read_bytes() for path in folder.iterdir()}
     save, calls = torch.save, []
 
@@ -600,7 +602,11 @@ def test_a_file_in_the_place_of_the_folder(mb: ModelBatch, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("mode", "selection", "message"),
     [
-        ("mask", [torch.ones(5, dtype=torch.bool)] * 3, r"model 0: the mask does not fit.*expected bool of shape \[6\]"),
+        (
+            "mask",
+            [torch.ones(5, dtype=torch.bool)] * 3,
+            r"model 0: the mask does not fit.*expected bool of shape \[6\]",
+        ),
         ("mask", [torch.ones(6, dtype=torch.bool), torch.ones(6)], "model 1: the mask.*float32"),
         ("mask", [torch.zeros(6, dtype=torch.bool)] * 3, "no model gets any row"),
         ("mask", [], "masks are empty"),

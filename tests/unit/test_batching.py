@@ -247,11 +247,12 @@ def check_isolation(optimizer_for: Any) -> None:
     ],
 )
 def test_models_are_isolated_under_plain_optimizers(optimizer_cls: Any) -> None:
-    options = {"foreach": False}
-    check_isolation(lambda batch_model: optimizer_cls(batch_model.parameters(), lr=0.05, **options))
+    check_isolation(lambda batch_model: optimizer_cls(batch_model.parameters(), lr=0.05))
 
 
-@pytest.mark.parametrize("case", [c for c in OPTIMIZERS if not c.matrices_only and "tensor" not in c.name], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", [c for c in OPTIMIZERS if not c.matrices_only and "tensor" not in c.name], ids=lambda c: c.name
+)
 def test_models_are_isolated_under_every_optimizer_of_the_factory(case: Any) -> None:
     check_isolation(
         lambda batch_model: OptimizerFactory(case.optimizer_cls).create_optimizer(batch_model.models, case.configs)
@@ -406,9 +407,7 @@ def test_an_abstract_batch_module_has_no_forward() -> None:
 def test_batch_loss(loss: Any, options: dict[str, Any], reduction: Any) -> None:
     outputs, targets = rows().requires_grad_(), torch.arange(BATCH * ROWS).reshape(BATCH, ROWS) % 4
     losses = batch_loss(outputs, targets, BATCH, loss, reduction, **options)
-    expected = torch.stack(
-        [loss(x, y, reduction=reduction, **options) for x, y in zip(outputs, targets, strict=True)]
-    )
+    expected = torch.stack([loss(x, y, reduction=reduction, **options) for x, y in zip(outputs, targets, strict=True)])
     assert losses.shape == ((BATCH, ROWS) if reduction == "none" else (BATCH,))
     assert_close(losses, expected)
     grads = [torch.autograd.grad(own.sum(), outputs, retain_graph=True)[0] for own in (losses, expected)]
@@ -465,7 +464,13 @@ def test_batch_topk_equals_the_loop() -> None:
     targets = torch.randint(10, (BATCH, 40), generator=generator)
     ks = (1, 5, 10)
     expected = torch.tensor(
-        [[sum(int(y in x.topk(k).indices) for x, y in zip(*own, strict=True)) / 40 for own in zip(scores, targets, strict=True)] for k in ks]
+        [
+            [
+                sum(int(y in x.topk(k).indices) for x, y in zip(*own, strict=True)) / 40
+                for own in zip(scores, targets, strict=True)
+            ]
+            for k in ks
+        ]
     )
     assert_close(batch_topk(scores, targets, BATCH, ks), expected)
 

@@ -41,7 +41,11 @@ def change(tree: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[str,
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("weights", "a.weight"), torch.tensor([[0.0, 1, 2], [3, 4, 5.5]]), r"\['a.weight'\].*\(1, 2\): 5.5, expected 5,"),
+        (
+            ("weights", "a.weight"),
+            torch.tensor([[0.0, 1, 2], [3, 4, 5.5]]),
+            r"\['a.weight'\].*\(1, 2\): 5.5, expected 5,",
+        ),
         (("weights", "a.count"), torch.tensor(4), r"\['a.count'\].*difference 1 "),
         (("weights", "a.weight"), torch.arange(6.0).reshape(2, 3).double(), "float64, expected torch.float32"),
         (("weights", "a.count"), torch.tensor(3, dtype=torch.int32), "int32, expected torch.int64"),

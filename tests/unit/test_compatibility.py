@@ -190,7 +190,10 @@ def test_the_mode_is_a_setting() -> None:
         (lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Tanh()), "submodules differ: .*'2' is extra"),
         (lambda: nn.Sequential(nn.Linear(4, 4)), "submodules differ: .*'1' is missing"),
         (lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU()), "submodule '1' is a ReLU, in model 0 a Linear"),
-        (lambda: nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]), "the model is a ModuleList, in model 0 a Sequential"),
+        (
+            lambda: nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]),
+            "the model is a ModuleList, in model 0 a Sequential",
+        ),
     ],
 )
 def test_structures_that_differ(other: Callable[[], nn.Module], message: str) -> None:

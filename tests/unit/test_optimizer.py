@@ -22,6 +22,7 @@ from mb_torch.optimizer import (
     create_lr_sweep_configs,
     create_sgd_configs,
 )
+from mb_torch.vmap.buckets import Bucket, lerp_
 from mb_torch.vmap.optim import StackedOptimizer, ViewOptimizer, make_optimizer
 from mb_torch.vmap.update_rules import UpdateInputs, apply_updates
 from tests.compare import assert_close, assert_different, assert_equal
@@ -294,6 +295,9 @@ def test_autograd_sees_that_a_step_changed_the_stacks() -> None:
     """As with plain torch, backward through weights that were changed since is an error, not a wrong gradient."""
     for name in ("SGD-lr", "ASGD"):
         batch, optimizer = make(name)
+        for stack in batch.stacked_params.values():
+            stack.data = stack.data.clone()
+        optimizer.zero_grad()
         params = batch.model(0)
         output = (params["weight"] @ params["weight"].T).square().sum()
         batch.backward(0)
@@ -723,6 +727,18 @@ def test_update_inputs_for_some_parameters() -> None:
     train(batch, optimizer, 4)
     train(other, same, 4)
     assert_close(other.values(), batch.values(), atol=1e-12, rtol=1e-12)
+
+
+def test_numbers_keep_their_digits_in_half_precision() -> None:
+    """In bfloat16 a decay of 0.999 would be 1."""
+    bucket = Bucket([torch.zeros(2, 3, dtype=torch.bfloat16)], [], {})
+    (rows,) = bucket.rows(torch.tensor([0.999, 0.9], dtype=torch.float64))  # type: ignore[misc]
+    assert_equal(rows, torch.tensor([[0.999], [0.9]], dtype=torch.float32))
+    for rate in (0.999, 0.5):
+        value = [torch.ones(2, 3, dtype=torch.bfloat16)]
+        lerp_(value, [torch.zeros(2, 3, dtype=torch.bfloat16)], [torch.tensor([[rate], [rate]])])
+        expected = torch.ones(2, 3, dtype=torch.bfloat16).lerp_(torch.zeros(2, 3, dtype=torch.bfloat16), rate)
+        assert_equal(value[0], expected)
 
 
 def test_only_stacked_updates_can_be_compiled() -> None:

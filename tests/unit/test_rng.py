@@ -53,13 +53,14 @@ def together(function: Function, x: Tensor, seeds: Sequence[int], *, step: int =
 class Attention(nn.Module):
     """Self-attention with dropout, as nn.MultiheadAttention computes it."""
 
-    def __init__(self, need_weights: bool) -> None:
+    def __init__(self, need_weights: bool, padded: bool = False) -> None:
         super().__init__()
+        self.padding = torch.arange(16).expand(6, 16) > 11 if padded else None
         self.inner = nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=True)
         self.need_weights = need_weights
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x, x, x, need_weights=self.need_weights)[0]
+        return self.inner(x, x, x, key_padding_mask=self.padding, need_weights=self.need_weights)[0]
 
 
 def _exponential_noise(x: Tensor) -> Tensor:
@@ -100,6 +101,7 @@ CASES = [
     Case("attention", lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5)),
     Case("MultiheadAttention", Attention(need_weights=False)),
     Case("MultiheadAttention with weights", Attention(need_weights=True)),
+    Case("MultiheadAttention with padding", Attention(need_weights=False, padded=True)),
     Case("TransformerEncoderLayer", nn.TransformerEncoderLayer(4, 2, 8, 0.5, batch_first=True)),
     Case("rand", lambda x: x * torch.rand(6, 16, 4)),
     Case("randn", lambda x: x * torch.randn((6, 16, 4))),
@@ -607,6 +609,12 @@ def test_multihead_attention_runs_torchs_own_body(options: dict[str, object], ne
         assert context.draws == 1
     torch.testing.assert_close(ours, expected)
     torch.testing.assert_close(in_evaluation, expected)
+
+
+def test_a_padding_mask_of_another_shape_is_an_error() -> None:
+    attention, x = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True), torch.ones(2, 5, 8)
+    with pytest.raises(ValueError, match="key_padding_mask"), seeded(key()):
+        attention(x, x, x, key_padding_mask=torch.zeros(5, 2, dtype=torch.bool))
 
 
 def test_options_of_new_tensors() -> None:

@@ -242,9 +242,27 @@ def test_new_schedulers_on_a_loaded_optimizer_start_their_schedule() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.005, 0.01, 0.02])
 
 
+def test_going_back_to_an_earlier_state_in_one_process() -> None:
+    optimizer = make("stacked SGD")
+    configs = [{"start_factor": 0.5, "total_iters": 4}] * 3
+    schedulers = create_lr_scheduler(optimizer, schedules.LinearLR, configs)
+    saved = copy.deepcopy((optimizer.state_dict(), [scheduler.state_dict() for scheduler in schedulers]))
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for _ in range(2):
+        optimizer.step()
+        for scheduler in schedulers:
+            scheduler.step()
+    schedulers = create_lr_scheduler(optimizer, schedules.LinearLR, configs)
+    optimizer.load_state_dict(saved[0])
+    for scheduler, state in zip(schedulers, saved[1], strict=True):
+        scheduler.load_state_dict(state)
+    assert [group["lr"] for group in optimizer.param_groups] == rates
+
+
 def test_loading_a_scheduler_keeps_a_rate_that_was_set_by_hand() -> None:
     optimizer = make("stacked SGD")
-    schedulers = create_lr_scheduler(optimizer, schedules.StepLR, [{"step_size": 5}] * 3)
+    for _ in range(2):  # the second time the groups have been scheduled before, as after a resume
+        schedulers = create_lr_scheduler(optimizer, schedules.StepLR, [{"step_size": 5}] * 3)
     states = [scheduler.state_dict() for scheduler in schedulers]
     optimizer.param_groups[1]["lr"] = 7.0
     optimizer.step()

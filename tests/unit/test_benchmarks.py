@@ -1,0 +1,216 @@
+"""The benchmark compares like with like, notices when it does not, and runs. Nothing here looks at times."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import bars, mlp_step, peers, report
+from benchmarks.contestants import CONTESTANTS, ONE_RATE, Contestant, Loop
+from benchmarks.measure import (
+    Disagreement,
+    Memory,
+    Spread,
+    Timings,
+    agree_in_float64,
+    check_losses,
+    check_weights,
+    race,
+)
+from benchmarks.worker import Weights, Worker, WorkerFailed
+from benchmarks.workloads import MLPs
+
+SMALL = MLPs(num_models=3, features=6, hidden=5, classes=4, batch=8)
+ONE = replace(SMALL, num_models=1)
+SWEEP = replace(SMALL, lowest_rate=1e-4, highest_rate=1e-2)
+EAGER = [name for name in CONTESTANTS if name != bars.PEER and "compiled" not in name]
+
+
+def train(contestant: Contestant, workload: MLPs, steps: int) -> tuple[np.ndarray, Weights]:
+    """Losses of each step and the weights afterwards."""
+    batches = workload.batches()
+    losses = [torch.stack([*contestant.step(*batches[k % len(batches)])]).detach().numpy() for k in range(steps)]
+    weights = [{name: value.detach().numpy() for name, value in model.items()} for model in contestant.weights()]
+    return np.array(losses), weights
+
+
+@pytest.mark.parametrize("workload", [SMALL, ONE, SWEEP], ids=["many", "one", "sweep"])
+@pytest.mark.parametrize("name", EAGER)
+def test_contestants_train_the_same_models(name: str, workload: MLPs) -> None:
+    if workload is SWEEP and name in ONE_RATE:
+        with pytest.raises(ValueError, match="one learning rate"):
+            CONTESTANTS[name](workload)
+        return
+    precise = replace(workload, dtype="float64")
+    _, expected = train(Loop(precise), precise, 5)
+    _, found = train(CONTESTANTS[name](precise), precise, 5)
+    assert check_weights({"loop": expected, name: found}) <= 1e-9
+
+    curve, _ = train(Loop(workload), workload, 40)
+    own_curve, _ = train(CONTESTANTS[name](workload), workload, 40)
+    check_losses({"loop": curve, name: own_curve})
+
+
+def test_another_learning_rate_is_noticed() -> None:
+    precise = replace(SMALL, dtype="float64")
+    off = replace(precise, lowest_rate=1.001e-3, highest_rate=1.001e-3)
+    with pytest.raises(Disagreement, match="off from loop"):
+        check_weights({"loop": train(Loop(precise), precise, 5)[1], "other": train(Loop(off), off, 5)[1]})
+    off = replace(SMALL, lowest_rate=2e-3, highest_rate=2e-3)
+    with pytest.raises(Disagreement, match="other: loss"):
+        check_losses({"loop": train(Loop(SMALL), SMALL, 40)[0], "other": train(Loop(off), off, 40)[0]})
+
+
+@pytest.mark.parametrize("spoil", ["value", "nan", "shape", "key", "model"])
+def test_wrong_weights_are_noticed(spoil: str) -> None:
+    right: Weights = [{"weight": np.ones((2, 2))}, {"weight": np.ones((2, 2))}]
+    wrong: Weights = [{"weight": np.ones((2, 2))}, {"weight": np.ones((2, 2))}]
+    if spoil == "value":
+        wrong[1]["weight"][0, 1] += 1e-8
+    elif spoil == "nan":
+        wrong[1]["weight"][0, 1] = np.nan
+    elif spoil == "shape":
+        wrong[1]["weight"] = np.ones((1, 2))
+    elif spoil == "key":
+        wrong[1]["bias"] = np.ones(2)
+    else:
+        del wrong[1]
+    assert check_weights({"right": right, "the same": right}) == 0
+    with pytest.raises(Disagreement, match="wrong"):
+        check_weights({"right": right, "wrong": wrong})
+
+
+@pytest.mark.parametrize("spoil", ["value", "nan", "length"])
+def test_wrong_losses_are_noticed(spoil: str) -> None:
+    right = np.array([[2.0, 2.0], [1.0, 1.0]])
+    wrong = {
+        "value": np.array([[2.0, 2.0], [1.0, 1.1]]),
+        "nan": np.array([[2.0, np.nan], [1.0, 1.0]]),
+        "length": right[:1],
+    }
+    check_losses({"right": right, "the same": right})
+    with pytest.raises(Disagreement, match="wrong"):
+        check_losses({"right": right, "wrong": wrong[spoil]})
+
+
+def test_losses_must_fall() -> None:
+    with pytest.raises(Disagreement, match="do not fall"):
+        check_losses({"constant": np.ones((5, 2))})
+
+
+def test_contestants_race_in_processes_of_their_own() -> None:
+    names = ["loop", bars.FUSED]
+    assert agree_in_float64(names, SMALL, threads=1) <= 1e-9
+    lines: list[str] = []
+    timings = race(names, SMALL, 1, rounds=5, steps=4, say=lines.append)
+    assert {name: len(seconds) for name, seconds in timings.seconds.items()} == dict.fromkeys(names, 5)
+    assert timings.ratio("loop", "loop").median == 1
+    assert any("round 5 of 5" in line for line in lines)
+
+
+def test_a_failing_worker_is_named_with_its_error() -> None:
+    with Worker("loop", threads=1) as worker:
+        with pytest.raises(WorkerFailed, match="loop: 'build' failed(.|\n)*float17"):
+            worker.build(replace(SMALL, dtype="float17"))
+        worker.build(SMALL)
+        worker.run(1)
+        assert worker.losses().shape == (1, SMALL.num_models)
+
+
+def test_a_disagreement_fails_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def disagree(*_: object) -> float:
+        raise Disagreement("the weights differ")
+
+    monkeypatch.setattr(mlp_step, "agree_in_float64", disagree)
+    assert mlp_step.main(["--quick", "--without-peers"]) == 1
+    assert "the weights differ" in capsys.readouterr().err
+
+
+def test_too_few_rounds_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        mlp_step.main(["--rounds", "14"])
+    assert "at least 15" in capsys.readouterr().err
+
+
+def test_ratios_are_formed_round_by_round() -> None:
+    timings = Timings(SMALL, {}, {"slow": [2.0, 8.0, 6.0], "fast": [1.0, 2.0, 2.0]}, 0.0)
+    assert timings.ratio("slow", "fast") == Spread(3.0, 2.5, 3.5, 2.0, 4.0)
+    assert timings.fastest(["slow", "fast"]) == "fast"
+
+
+@pytest.mark.parametrize(
+    ("value", "at_least", "holds"),
+    [(1.6, True, True), (1.59, True, False), (1.6, False, True), (1.61, False, False), (float("nan"), True, False)],
+)
+def test_bars(value: float, at_least: bool, holds: bool) -> None:
+    bar = bars.Bar("a ratio", Spread(value, value, value, value, value), 1.6, at_least)
+    assert bar.holds is holds
+    assert ("**no**" in report.bars_table([bar])) is not holds
+
+
+def test_bars_of_many_use_the_fastest_by_hand() -> None:
+    seconds = dict.fromkeys(CONTESTANTS, [1.0, 1.0]) | {"by hand, rate per model": [0.5, 0.5]}
+    found = bars.bars_of_many(Timings(SMALL, {}, seconds, 0.0))
+    assert found[0].what == "ours, make_train_step / by hand, rate per model"
+    assert (found[0].measured.median, found[0].holds) == (2.0, False)
+    assert len(found) == 4
+
+
+def test_memory_is_counted_in_copies_of_the_parameters() -> None:
+    parameters = sum(p.numel() * p.element_size() for model in SMALL.models() for p in model.parameters())
+    assert SMALL.parameter_bytes == parameters
+    memory = Memory(SMALL, peak=5 * parameters)
+    assert (memory.rest, memory.copies) == (2 * parameters, 2.0)
+    assert [bar.holds for bar in bars.bars_of_memory({bars.EAGER: memory, "loop": memory})] == [False]
+
+
+def test_learning_rates_of_a_sweep() -> None:
+    assert SWEEP.learning_rates == pytest.approx([1e-4, 1e-3, 1e-2])
+    assert ONE.learning_rates == [1e-3]
+
+
+def test_something_else_under_the_name_of_a_peer_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(peers, "FOLDER", tmp_path)
+    monkeypatch.setattr(peers, "VERSIONS", {"json": "1.0"})
+    with pytest.raises(RuntimeError, match=r"json 1\.0 expected in"):
+        peers.load("json")
+
+
+def test_a_failed_installation_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        Path(command[command.index("--target") + 1]).mkdir()
+        return subprocess.CompletedProcess(command, 1, "", "no network")
+
+    monkeypatch.setattr(peers, "FOLDER", tmp_path)
+    monkeypatch.setattr(subprocess, "run", fail)
+    with pytest.raises(RuntimeError, match="no network"):
+        peers.install("modelbatch")
+    assert [path.name for path in tmp_path.iterdir()] == [".gitignore"]
+
+
+@pytest.mark.long
+def test_a_quick_run(tmp_path: Path) -> None:
+    output = tmp_path / "results.json"
+    options = ["--quick", "--without-peers", "--threads", "1", "--output", str(output)]
+    finished = subprocess.run(
+        [sys.executable, "-m", "benchmarks.mlp_step", *options],
+        cwd=Path(mlp_step.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    results = json.loads(output.read_text())
+    assert set(results["timings"]["many"]["seconds"]) == set(CONTESTANTS) - {bars.PEER}
+    assert results["bars"] == []
+    for name in results["timings"]["many"]["seconds"]:
+        assert f"| {name} |" in finished.stdout
+    assert output.with_suffix(".md").read_text() == finished.stdout

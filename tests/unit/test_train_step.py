@@ -1,0 +1,507 @@
+"""The training step on the default backend: fallbacks, compilation, memory, and what it leaves behind."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mb_torch import GradScaler, ModelBatch, OptimizerFactory, make_joint_step
+from tests.compare import assert_close, assert_equal
+from tests.parity.loop import as_tree, batch_ended, sgd_config, train_alone
+
+INPUTS = torch.linspace(-1, 1, 24).reshape(6, 4)
+LABELS = torch.tensor([0, 1, 2, 1, 0, 2])
+BATCHES = [(INPUTS * (step + 1), LABELS.roll(step)) for step in range(3)]
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def classify(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def sgd_for(mb: ModelBatch) -> torch.optim.Optimizer:
+    configs = [sgd_config(index) for index in range(mb.num_models)]
+    return OptimizerFactory(torch.optim.SGD).create_optimizer(mb, configs)
+
+
+def build(make: Any, count: int = 3) -> list[nn.Module]:
+    return [make() for _ in range(count)]
+
+
+def everything(mb: ModelBatch, optimizer: Any, losses: Any) -> Any:
+    return as_tree(batch_ended(mb, optimizer, losses))
+
+
+def states(models: list[nn.Module]) -> list[dict[str, Tensor]]:
+    return [dict(model.state_dict()) for model in models]
+
+
+@contextmanager
+def one_warning(*names: str) -> Iterator[None]:
+    """Exactly one warning, which names what cannot be batched."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    messages = [str(entry.message) for entry in caught]
+    assert len(messages) == 1, messages
+    for name in (*names, "one after another"):
+        assert name in messages[0]
+
+
+# What vmap cannot run
+
+
+class Logs(nn.Module):
+    """Counts its calls in buffers, before and after it calls `.item()`."""
+
+    def __init__(self, fail: bool = True) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+        self.linear = nn.Linear(4, 3)
+        self.fail = fail
+        self.register_buffer("in_place", torch.tensor(0))
+        self.register_buffer("replaced", torch.tensor(0.0))
+        self.last = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.in_place += 1
+        self.replaced = self.replaced + 1
+        y = self.linear(self.norm(x))
+        if self.fail:
+            self.last = y.mean().item()
+        self.in_place += 10
+        return y
+
+
+class Outer(nn.Module):
+    """Holds the module that cannot be batched one level down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.ModuleDict({"log": Logs()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body["log"](x)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 2}])
+def test_a_loop_replaces_what_vmap_cannot_run(fused: bool, options: dict[str, int]) -> None:
+    """The result is right, buffers are updated once a pass, and one warning names the innermost submodule."""
+    models = build(Outer)
+    mb = ModelBatch(models, **options)
+    optimizer, losses = sgd_for(mb), []
+    step = mb.make_train_step(F.cross_entropy, optimizer)
+    with one_warning("body.log (Logs)"):
+        for inputs, targets in BATCHES:
+            if fused:
+                losses.append(step(inputs, targets))
+                continue
+            optimizer.zero_grad()
+            own = mb.compute_loss(mb(inputs), targets, F.cross_entropy, "none")
+            own.sum().backward()
+            optimizer.step()
+            losses.append(own.detach())
+    expected = train_alone(models, BATCHES, classify)
+    assert_close(everything(mb, optimizer, losses), as_tree(expected))
+    assert mb.stacked_buffers["body.log.in_place"].tolist() == [33] * 3
+    assert mb.stacked_buffers["body.log.replaced"].tolist() == [3.0] * 3
+
+
+def test_the_report_says_why_models_run_one_by_one() -> None:
+    mb = ModelBatch(build(Logs))
+    assert mb.backend_report()["runs"] == "vmap"
+    with one_warning("Logs"):
+        mb(INPUTS)
+    assert mb.backend_report()["runs"] == "one by one"
+    assert "Logs" in mb.backend_report()["reason"]
+
+
+def test_evaluation_may_be_batched_where_training_is_not() -> None:
+    class Counts(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                self.last = x.new_zeros(()).add(self.weight.sum()).item()
+            return super().forward(x)
+
+    mb = ModelBatch(build(lambda: Counts(4, 3))).eval()
+    mb(INPUTS)
+    assert mb.backend_report()["runs"] == "vmap"
+    with one_warning("Counts"):
+        mb.train()(INPUTS)
+    assert mb.backend_report()["runs"] == "one by one"
+    mb.eval()(INPUTS)
+    assert mb.backend_report()["runs"] == "vmap"
+
+
+def test_a_loss_that_cannot_be_batched_is_named() -> None:
+    def logs(outputs: Tensor, targets: Tensor) -> Tensor:
+        loss = F.cross_entropy(outputs, targets)
+        loss.item()
+        return loss
+
+    models = build(mlp)
+    mb = ModelBatch(models)
+    expected = torch.stack([F.cross_entropy(model(INPUTS), LABELS) for model in models])
+    outputs = mb(INPUTS)
+    with one_warning("the loss"):
+        for _ in range(2):
+            assert_close(mb.compute_loss(outputs, LABELS, logs, "none"), expected)
+    assert mb.backend_report()["runs"] == "vmap"
+    step = mb.make_train_step(logs, sgd_for(mb))
+    with one_warning("the loss"):
+        for batch in BATCHES:
+            step(*batch)
+
+
+@pytest.mark.parametrize("seeds", [None, [1, 2, 3]])
+def test_dropout_in_a_loop_draws_for_each_model(seeds: list[int] | None) -> None:
+    class Drops(Logs):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.dropout(super().forward(x) * 0 + 1, 0.5)
+
+    mb = ModelBatch(build(Drops), seeds=seeds)
+    with one_warning("Drops"):
+        first, second = mb(INPUTS), mb(INPUTS)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first[0], first[1])
+
+
+def test_with_seeds_a_loop_draws_what_vmap_draws() -> None:
+    class Drops(nn.Module):
+        def __init__(self, fail: bool) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.fail = fail
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.dropout(torch.ones_like(x), 0.5) * self.linear(x)
+            if self.fail:
+                y.sum().item()
+            return y
+
+    models = [Drops(fail) for fail in (False, True)]
+    models[1].load_state_dict(models[0].state_dict())
+    batched, looped = (ModelBatch([model] * 3, seeds=[1, 2, 3]) for model in models)
+    with one_warning("Drops"):
+        for _ in range(2):
+            assert_close(looped(INPUTS), batched(INPUTS))
+
+
+class Chosen(nn.Module):
+    """Returns another structure depending on its weights."""
+
+    def __init__(self, value: float, kind: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(value))
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Any:
+        y = x * self.weight
+        if self.weight.item() > 0:
+            return y
+        return (y, y) if self.kind == "structure" else y[:3]
+
+
+@pytest.mark.parametrize("kind", ["structure", "shape"])
+def test_models_that_return_different_forms_are_refused(kind: str) -> None:
+    mb = ModelBatch([Chosen(value, kind) for value in (1.0, 2.0, -1.0)])
+    with pytest.raises(Exception, match=r"model 2.*model 0|output of model 2.*model 0"):
+        mb(INPUTS)
+
+
+# Compilation
+
+
+@pytest.fixture
+def dynamo() -> Iterator[Any]:
+    """Dynamo's counters, from zero."""
+    import torch._dynamo
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    yield counters
+    torch._dynamo.reset()
+
+
+def compiles(counters: Any) -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+def small() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
+
+
+# "eager" traces and guards as any other backend does, without the minutes that a C++ compiler takes.
+@pytest.mark.parametrize("count", [1, 3])
+def test_compiled_models_give_the_same_and_compile_once(dynamo: Any, count: int) -> None:
+    models = build(small, count)
+    mb = ModelBatch(models)
+    mb.enable_compile(backend="eager")
+    for index, (inputs, targets) in enumerate(BATCHES):
+        outputs = mb(inputs)
+        expected = torch.stack([model(inputs) for model in models])
+        assert_close(outputs, expected)
+        mb.compute_loss(outputs, targets, F.cross_entropy, "sum").backward()
+        torch.stack([F.cross_entropy(own, targets) for own in expected]).sum().backward()
+        if index == 0:
+            first = compiles(dynamo)
+    assert compiles(dynamo) == first >= 1
+    assert_close([dict(state) for state in mb.get_model_states()], states(models))
+    for name, parameter in mb.stacked_params.items():
+        assert_close(parameter.grad, torch.stack([dict(model.named_parameters())[name].grad for model in models]))
+
+
+@pytest.mark.parametrize("optimizer_cls", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("seeds", [None, [1, 2, 3]])
+def test_a_compiled_step_gives_the_same_and_compiles_once(dynamo: Any, optimizer_cls: Any, seeds: Any) -> None:
+    # In double precision: Adam magnifies the rounding of a gradient that is zero by construction.
+    models = [model.double() for model in build(small)]
+    results = []
+    for compiled in (False, True):
+        mb = ModelBatch(models, seeds=seeds)
+        if compiled:
+            mb.enable_compile(backend="eager")
+        optimizer = OptimizerFactory(optimizer_cls).create_optimizer(mb, [{"lr": 0.01 * (i + 1)} for i in range(3)])
+        step = mb.make_train_step(F.cross_entropy, optimizer, clip_norm=0.5)
+        losses = []
+        for index, batch in enumerate(BATCHES * 2):
+            if index == 4:
+                optimizer.param_groups[1]["lr"] = 0.001
+            losses.append(step(batch[0].double(), batch[1]))
+            if index == 1:
+                warm = compiles(dynamo)
+        results.append(everything(mb, optimizer, losses))
+    assert compiles(dynamo) == warm >= 1
+    assert_close(results[1], results[0], atol=1e-9, rtol=1e-9)
+
+
+def test_compiled_steps_follow_active_and_loss_arguments_without_compiling(dynamo: Any) -> None:
+    def loss(outputs: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+        return weight * F.cross_entropy(outputs, targets)
+
+    models, results = build(small), []
+    for compiled in (False, True):
+        mb = ModelBatch(models)
+        if compiled:
+            mb.enable_compile(backend="eager")
+        optimizer = sgd_for(mb)
+        step = mb.make_train_step(loss, optimizer, loss_args={"weight": torch.ones(3)}, active=torch.ones(3).bool())
+        losses = []
+        for index, batch in enumerate(BATCHES * 2):
+            losses.append(step(*batch))
+            if index == 1:
+                warm = compiles(dynamo)
+            step.loss_args["weight"] = torch.tensor([1.0, 2.0 + index, 0.5])
+            step.active = torch.tensor([True, index % 2 == 0, True])
+        results.append(everything(mb, optimizer, losses))
+    assert compiles(dynamo) == warm
+    assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_compiled_batch_in_evaluation(dynamo: Any, steps: int) -> None:
+    models = [model.eval() for model in build(small)]
+    mb = ModelBatch(models)
+    mb.enable_compile(backend="eager")
+    with torch.no_grad():
+        for _ in range(steps):
+            assert_close(mb(INPUTS), torch.stack([model(INPUTS) for model in models]))
+    assert compiles(dynamo) == 1
+
+
+def test_compiled_dropout_differs_between_models_and_steps(dynamo: Any) -> None:
+    for seeds in (None, [1, 2, 3]):
+        mb = ModelBatch(build(lambda: nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5))), seeds=seeds)
+        mb.enable_compile(backend="eager")
+        first, second = mb(INPUTS) == 0, mb(INPUTS) == 0
+        assert not torch.equal(first, second)
+        assert not torch.equal(first[0], first[1])
+
+
+def test_with_seeds_compiled_models_draw_what_others_draw(dynamo: Any) -> None:
+    models = build(lambda: nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5)))
+    plain, compiled = (ModelBatch(models, seeds=[1, 2, 3]) for _ in range(2))
+    compiled.enable_compile(backend="eager")
+    for _ in range(3):
+        assert_close(compiled(INPUTS), plain(INPUTS))
+
+
+def test_an_unknown_compiler_is_an_error_of_torch() -> None:
+    mb = ModelBatch(build(small))
+    mb.enable_compile(backend="no such compiler")
+    with pytest.raises(Exception, match="no such compiler"):
+        mb(INPUTS)
+
+
+def test_a_compiler_that_fails_is_not_mistaken_for_a_model_that_cannot_be_batched(dynamo: Any) -> None:
+    def no_compiler(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no compiler on this machine")
+
+    models = build(small)
+    mb = ModelBatch(models)
+    mb.enable_compile(backend=no_compiler)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            assert_close(mb(INPUTS), torch.stack([model(INPUTS) for model in models]))
+        except Exception as error:
+            assert "no compiler on this machine" in str(error)  # noqa: PT017 - or the models go on uncompiled
+        else:
+            assert any("compil" in str(entry.message) for entry in caught)
+    assert mb.backend_report()["runs"] == "vmap"
+
+
+inductor = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+
+
+@inductor
+@pytest.mark.long
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_default_compiler_trains_like_the_loop(dynamo: Any, count: int) -> None:
+    models = build(small, count)
+    mb = ModelBatch(models)
+    mb.enable_compile()
+    optimizer = sgd_for(mb)
+    step = mb.make_train_step(F.cross_entropy, optimizer)
+    losses = [step(*BATCHES[0])]
+    warm = compiles(dynamo)
+    losses += [step(*batch) for batch in BATCHES[1:]]
+    assert compiles(dynamo) == warm
+    assert_close(everything(mb, optimizer, losses), as_tree(train_alone(models, BATCHES, classify)))
+
+
+@inductor
+@pytest.mark.long
+def test_the_default_compiler_in_the_eager_loop(dynamo: Any) -> None:
+    models = build(small)
+    mb = ModelBatch(models)
+    mb.enable_compile()
+    optimizer, losses = sgd_for(mb), []
+    for index, (inputs, targets) in enumerate(BATCHES):
+        optimizer.zero_grad()
+        own = mb.compute_loss(mb(inputs), targets, F.cross_entropy, "none")
+        own.sum().backward()
+        optimizer.step()
+        losses.append(own.detach())
+        if index == 0:
+            warm = compiles(dynamo)
+    assert compiles(dynamo) == warm
+    assert_close(everything(mb, optimizer, losses), as_tree(train_alone(models, BATCHES, classify)))
+
+
+# Memory
+
+
+def test_the_step_holds_no_graph() -> None:
+    class Remembers(torch.autograd.Function):
+        alive: weakref.WeakSet[Any] = weakref.WeakSet()
+
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            kept = x.clone()
+            Remembers.alive.add(kept)
+            ctx.save_for_backward(kept)
+            return x * 1
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad
+
+    mb = ModelBatch([nn.Linear(4, 3)])
+    optimizer = sgd_for(mb)
+    step = make_joint_step([mb], lambda m, x, y: F.cross_entropy(Remembers.apply(m(x)), y), [optimizer])
+    losses = step(INPUTS, LABELS)
+    gc.collect()
+    assert not list(Remembers.alive)
+    assert losses.grad_fn is None
+    assert all(parameter.grad is None for parameter in mb.parameters())
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_chunks_hold_one_part_s_activations_at_a_time(chunk_size: int | None) -> None:
+    """Counts the bytes that autograd saves at once; a bound on time or on a process would not repeat."""
+    alive, peak = 0, 0
+
+    class Saved:
+        def __init__(self, tensor: Tensor) -> None:
+            nonlocal alive, peak
+            self.tensor = tensor
+            alive += tensor.numel()
+            peak = max(peak, alive)
+
+        def __del__(self) -> None:
+            nonlocal alive
+            alive -= self.tensor.numel()
+
+    def deep() -> nn.Module:
+        return nn.Sequential(*[layer for _ in range(5) for layer in (nn.Linear(4, 4), nn.Tanh())])
+
+    mb = ModelBatch(build(deep, 8), chunk_size=chunk_size)
+    step = mb.make_train_step(F.mse_loss, sgd_for(mb))
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        step(torch.randn(1000, 4), torch.randn(1000, 4))
+    of_one_model = 10 * 1000 * 4
+    assert (peak > 6 * of_one_model) == (chunk_size is None)
+
+
+# Scalers
+
+
+def test_a_stock_scaler_skips_the_model_that_overflows() -> None:
+    models = build(mlp)
+    mb = ModelBatch(models, shared_input=False)
+    optimizer = sgd_for(mb)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    step = mb.make_train_step(F.cross_entropy, optimizer, scaler=scaler)
+    inputs = INPUTS.repeat(3, 1, 1)
+    inputs[1] = torch.inf
+    before = mb.get_model_states()[1]
+    step(inputs, LABELS)
+    parameters = [name for name, _ in models[1].named_parameters()]
+    after = mb.get_model_states()[1]
+    assert_equal({name: after[name] for name in parameters}, {name: before[name] for name in parameters})
+    assert scaler.get_scale() == 128.0
+    for index in (0, 2):
+        train_alone(
+            [models[index]], [(INPUTS, LABELS)], classify, lambda _, p, i=index: torch.optim.SGD(p, **sgd_config(i))
+        )
+        assert_close(dict(mb.get_model_states()[index]), dict(models[index].state_dict()))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_scaler_with_accumulation_and_frozen_models(accumulate: int) -> None:
+    models, results = build(mlp), []
+    for scaler in (None, GradScaler(3, init_scale=64.0)):
+        mb = ModelBatch(models)
+        optimizer = sgd_for(mb)
+        active = torch.tensor([True, False, True])
+        step = mb.make_train_step(
+            F.cross_entropy, optimizer, scaler=scaler, accumulate=accumulate, active=active, clip_norm=0.3
+        )
+        results.append(everything(mb, optimizer, [step(*batch) for batch in BATCHES[:2]]))
+    assert_close(results[1], results[0])
+
+
+def test_autocast_around_the_step() -> None:
+    models, results = build(lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))), []
+    for use_autocast in (False, True):
+        mb = ModelBatch(models)
+        optimizer = sgd_for(mb)
+        step = mb.make_train_step(F.cross_entropy, optimizer)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=use_autocast):
+            results.append(everything(mb, optimizer, [step(*batch) for batch in BATCHES]))
+    assert_close(results[1], results[0], atol=3e-2, rtol=3e-2)
