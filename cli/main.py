@@ -19,8 +19,8 @@ def main() -> None:
     missing = [package for module, package in REQUIRED.items() if importlib.util.find_spec(module) is None]
     if missing:
         sys.exit(f"Error: the command modelbatch needs {', '.join(missing)}: pip install 'modelbatch-hybrid[demo]'")
-    # Read once, when torch is imported. On a busy machine threads that spin while they wait make training of small
-    # models ten times slower; on an idle one it makes no difference.
+    # Read once, when torch is imported. Where other programs want the processor too, threads that spin while they
+    # wait for each other make the training of small models ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     importlib.import_module("cli.app").app(prog_name="modelbatch")
 

@@ -225,8 +225,11 @@ def _look_up(
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)):
         if table_axis is None:
             assert places_axis is not None  # vmap calls a rule only where something is per model
-            rows = torch.embedding(table, places, -1, scale_grad_by_freq)
-            return _functorch._add_batch_dim(rows, places_axis, level)
+            if not scale_grad_by_freq:
+                rows = torch.embedding(table, places)
+                return _functorch._add_batch_dim(rows, places_axis, level)
+            # Each model counts its own indices.
+            table, table_axis = table.expand(places.shape[places_axis], *table.shape), 0
         table = table.movedim(table_axis, 0)
         num_models, num_rows = table.shape[:2]
         if places_axis is None:

@@ -6,8 +6,10 @@ float for all models, or rows ``[num_models, 1, ...]`` with a value per model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,11 +49,9 @@ def add_product_(xs: Tensors, ys: Tensors, zs: Tensors, factor: Rows) -> None:
 
 
 def add_quotient_(xs: Tensors, ys: Tensors, zs: Tensors, factor: Rows) -> None:
-    """`x += factor * y / z`."""
-    if isinstance(factor, float):
-        torch._foreach_addcdiv_(xs, ys, zs, value=factor)
-    else:
-        torch._foreach_addcmul_(xs, torch._foreach_div(ys, zs), factor)
+    """`x += factor * (y / z)`."""
+    # Not addcdiv, which multiplies before it divides and so rounds otherwise than rows do.
+    add_scaled_(xs, torch._foreach_div(ys, zs), factor)
 
 
 def lerp_(xs: Tensors, ys: Tensors, weight: Rows) -> None:
@@ -68,6 +68,25 @@ def copy_(xs: Tensors, ys: Tensors) -> None:
     """`x = y`, in place."""
     for x, y in zip(xs, ys, strict=True):
         x.copy_(y)
+
+
+def power(base: Value, exponent: Value) -> Value:
+    """`base ** exponent`, with the same bits for a model whether it is a float or one of several.
+
+    libm and the vectorised loops of torch differ in the last bit.
+    """
+    if isinstance(base, float) and isinstance(exponent, float):
+        return float(np.power(np.array([base]), exponent)[0])
+    tensor = base if isinstance(base, Tensor) else exponent
+    if torch.compiler.is_compiling() or tensor.device.type != "cpu":  # type: ignore[union-attr]
+        return torch.pow(base, exponent)  # type: ignore[arg-type, return-value]
+    arrays = [value.numpy() if isinstance(value, Tensor) else value for value in (base, exponent)]
+    return torch.from_numpy(np.power(*arrays))
+
+
+def root(value: Value) -> Value:
+    """The square root."""
+    return value.sqrt() if isinstance(value, Tensor) else math.sqrt(value)
 
 
 def choose(condition: Tensor, chosen: Value, other: Value) -> Tensor:
@@ -104,26 +123,28 @@ class Bucket:
         self.grads = grads
         self.state = state
         self.models = models
-        dtype = params[0].dtype
-        # In half precision 0.999 would round to 1, so rows of numbers stay float32 there, as scalars do in
-        # torch.
-        self.row_dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+        like = params[0]
+        full = like.dtype in (torch.float32, torch.float64)
+        # In half precision 0.999 would round to 1, so rows of numbers stay float32 there, as scalars in torch.
+        self.row_dtype = like.dtype if full else torch.float32
+        alone = models is None and like.shape[0] == 1
+        self.takes_floats = alone or (full and like.device.type == "cpu")
 
     def spread(self, values: Tensor) -> Tensors:
         """``[num_models]`` as one view ``[num_models, 1, ...]`` for each stack."""
         return spread(values if self.models is None else values[self.models], self.params)
 
     def rows(self, value: Value) -> Rows:
-        """A coefficient as rows in the parameters' dtype, or as a float if there is one model only.
+        """A coefficient as rows in the parameters' dtype, or as a float where that gives the same bits.
 
-        Several models get rows even where they agree: torch rounds ``x.addcmul_(y, z, value=number)`` and its like
-        otherwise than the same with rows, so a value that one model changes would change the others' last bits.
+        A number that one model changes turns from a float into rows, and that must not change a bit of another
+        model. With full precision on a CPU it does not; other kernels round a number otherwise than a row.
         """
         if isinstance(value, Tensor):
             return self.spread(value.to(self.row_dtype))
-        like = self.params[0]
-        if like.shape[0] == 1:
+        if self.takes_floats:
             return value
+        like = self.params[0]
         return spread(torch.full(like.shape[:1], value, dtype=self.row_dtype, device=like.device), self.params)
 
     def where(self, models: Tensor, chosen: Tensors, others: Tensors | float) -> Tensors:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mb_torch.errors import Unsupported
 from mb_torch.state import StackedState
 from mb_torch.vmap.layers import make_batchable, restore
+from mb_torch.vmap.leftovers import Leftovers
 
 
 class Definition:
@@ -40,6 +41,7 @@ class Definition:
             slots[id(table), leaf] = (table, leaf, position[first])
         self._slots = list(slots.values())
         self._placeholders = [table[leaf] for table, leaf, _ in self._slots]
+        self._leftovers = Leftovers(prototype)
         self._gaps = _gaps(prototype)
 
     def stacks(self) -> list[Tensor]:
@@ -58,15 +60,19 @@ class Definition:
     def unbind(self, tensors: Sequence[Tensor]) -> dict[int, Tensor]:
         """Put the placeholders back; return the buffers that the forward pass replaced, by position."""
         replaced: dict[int, Tensor] = {}
+        refused = []
         for (table, leaf, position), placeholder in zip(self._slots, self._placeholders, strict=True):
             current = table.get(leaf)
             table[leaf] = placeholder
             if current is not tensors[position]:
                 if position < self.num_parameters or current is None:
-                    raise Unsupported(
-                        f"forward() replaced or removed {leaf!r}; only buffers may be replaced, by tensors"
-                    )
-                replaced[position] = current
+                    refused.append(leaf)
+                else:
+                    replaced[position] = current
+        if not torch.compiler.is_compiling():
+            self._leftovers.forget()
+        if refused:
+            raise Unsupported(f"forward() replaced or removed {refused}; only buffers may be replaced, by tensors")
         return replaced
 
     @contextmanager

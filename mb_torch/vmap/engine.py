@@ -14,7 +14,7 @@ from mb_torch.errors import InvalidInput
 from mb_torch.routed import strip
 from mb_torch.vmap.compiled import CompiledFunction
 from mb_torch.vmap.definition import Definition
-from mb_torch.vmap.mapping import Fallback, ModelMap, batch_dims, check_loss
+from mb_torch.vmap.mapping import Fallback, ModelMap, batch_dims, check_loss, own_copies
 from mb_torch.vmap.optim import make_optimizer
 from mb_torch.vmap.parts import Plan, plan_parts
 from mb_torch.vmap.rng import make_keys
@@ -88,7 +88,10 @@ class VmapBackend:
     ) -> list[Tensor]:
         own = plan.split(stacks)
         part_trees = zip(*(plan.split_tree(tree, flag) for tree, flag in zip(trees, flags, strict=True)), strict=True)
-        outputs = [self._run(*part, flags) for part in zip(own, plan.split_vector(keys), part_trees, strict=True)]
+        outputs = [
+            self._run(stacks, key, own_copies(trees, flags), flags)
+            for stacks, key, trees in zip(own, plan.split_vector(keys), part_trees, strict=True)
+        ]
         first_buffer = self.definition.num_parameters
         plan.write_back(stacks[first_buffer:], [part[first_buffer:] for part in own])
         return plan.join(outputs)
@@ -99,7 +102,7 @@ class VmapBackend:
         """Run the models of the given stacks, and keep what they did to their buffers."""
         size = stacks[0].shape[0] if stacks else self.spec.num_models
 
-        def at_once() -> tuple[list[Tensor], list[Tensor]]:
+        def at_once(trees: tuple[Any, ...]) -> tuple[list[Tensor], list[Tensor]]:
             if not self.vectorises:
                 return self._models.directly([stacks], keys, trees, flags)
             dims = batch_dims(trees, flags)
@@ -109,10 +112,14 @@ class VmapBackend:
                 if self._compiled is None:
                     self._compiled = CompiledFunction(self._models, self._models.at_once, self.compile_options)
                 with torch.no_grad():
-                    self._compiled.ready(trees, lambda: self._models.at_once([stacks], keys, trees, dims, size))
+                    self._compiled.ready(
+                        trees, lambda: self._models.at_once([stacks], keys, own_copies(trees), dims, size)
+                    )
                 return self._compiled([stacks], keys, trees, dims, size)
 
-        outputs, replaced = self._fallback.run(at_once, lambda: self._models.one_by_one([stacks], keys, trees, flags))
+        outputs, replaced = self._fallback.run(
+            at_once, lambda trees: self._models.one_by_one([stacks], keys, trees, flags), trees
+        )
         assert self._models.trace is not None
         for position, value in zip(self._models.trace.replaced[0], replaced, strict=True):
             stacks[position].copy_(value.detach())
@@ -125,12 +132,12 @@ class VmapBackend:
         flags = (True, not shared_targets)
 
         def run(trees: tuple[Any, ...], size: int) -> list[Tensor]:
-            def at_once() -> list[Tensor]:
+            def at_once(trees: tuple[Any, ...]) -> list[Tensor]:
                 if self.spec.num_models == 1:
                     return models.directly([], None, trees, flags)[0]
                 return models.at_once([], None, trees, batch_dims(trees, flags), size)[0]
 
-            return fallback.run(at_once, lambda: models.one_by_one([], None, trees, flags)[0])
+            return fallback.run(at_once, lambda trees: models.one_by_one([], None, trees, flags)[0], trees)
 
         plan = plan_parts(self.spec.num_models, None, outputs, targets)
         if plan is None:

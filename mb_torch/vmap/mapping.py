@@ -177,7 +177,8 @@ class ModelMap:
             own = [[column[index] for column in columns] for columns in unstacked]
             key = None if keys is None else keys[index]
             with self._drawing(keys):
-                results.append((*self.one(own, key, model_trees(trees, per_model, index)), self.trace))
+                shares = own_copies(model_trees(trees, per_model, index))
+                results.append((*self.one(own, key, shares), self.trace))
         return _stack(results)
 
 
@@ -215,6 +216,15 @@ def split_leaves(
     return [leaf for leaf, dim in zip(leaves, dims, strict=True) if dim is not None], with_mapped
 
 
+def own_copies(trees: tuple[Any, ...], per_model: Sequence[bool] = ()) -> tuple[Any, ...]:
+    """Copy the tensors of the shared trees (of all trees if it is not said which): a model may change its inputs."""
+    flags = per_model or [False] * len(trees)
+    return tuple(
+        tree if mapped else pytree.tree_map(lambda leaf: leaf.clone() if is_tensor(leaf) else leaf, tree)
+        for tree, mapped in zip(trees, flags, strict=True)
+    )
+
+
 def model_trees(trees: tuple[Any, ...], per_model: Sequence[bool], index: int) -> tuple[Any, ...]:
     """One model's share of each tree."""
     return tuple(
@@ -233,6 +243,7 @@ class Fallback:
     def __init__(self, definitions: Sequence[Definition]) -> None:
         self.definitions = list(definitions)
         self._one_by_one: set[bool] = set()
+        self._proven: set[bool] = set()
         self.reason: str | None = None
 
     @property
@@ -244,24 +255,35 @@ class Fallback:
         """Whether models run one after another in the present mode, training or evaluation."""
         return self._training in self._one_by_one
 
-    def run(self, at_once: Callable[[], T], one_by_one: Callable[[], T]) -> T:
-        """Return what ``at_once`` returns or, where vmap cannot, what ``one_by_one`` does, with one warning."""
+    def run(
+        self,
+        at_once: Callable[[tuple[Any, ...]], T],
+        one_by_one: Callable[[tuple[Any, ...]], T],
+        trees: tuple[Any, ...],
+    ) -> T:
+        """Return what ``at_once`` makes of the trees or, where vmap cannot, ``one_by_one``, with a warning."""
         if self.one_by_one:
-            return one_by_one()
-        # A pass that fails half-way has already updated some buffers.
+            return one_by_one(trees)
+        # A pass that fails half-way has already updated some buffers and may have changed its inputs.
         buffers = [buffer for definition in self.definitions for buffer in definition.buffers()]
         saved = [buffer.clone() for buffer in buffers] if self._training else []
+        proven = self._training in self._proven
+        versions = _versions(trees)
         try:
-            return at_once()
+            result = at_once(trees if proven else own_copies(trees))
+            self._proven.add(self._training)
+            return result
         except (ModelBatchError, torch.OutOfMemoryError):
             _put_back(buffers, saved)
             raise
         except Exception as caught:  # torch.func has no error class of its own
             _put_back(buffers, saved)
+            if _versions(trees) != versions:
+                raise
             error = caught
         try:
             # An error of the model itself is raised here, as plain PyTorch words it.
-            result = one_by_one()
+            result = one_by_one(trees)
         except Exception:
             _put_back(buffers, saved)
             raise
@@ -305,6 +327,12 @@ def check_loss(loss: Any) -> Tensor:
         expected="a 0-dim tensor for each model",
         fix="Reduce over the rows, for example with reduction='mean'.",
     )
+
+
+def _versions(trees: tuple[Any, ...]) -> list[int]:
+    """Counts that grow when a tensor is changed in place; inference tensors have none."""
+    leaves = pytree.tree_leaves(trees)
+    return [leaf._version for leaf in leaves if is_tensor(leaf) and not leaf.is_inference()]
 
 
 def _put_back(buffers: Sequence[Tensor], saved: Sequence[Tensor]) -> None:

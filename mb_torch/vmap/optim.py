@@ -297,7 +297,7 @@ class StackedOptimizer(PerModelOptimizer):
         for position in positions:
             parameter = self._stacks[position].parameter
             size = parameter.numel() * parameter.element_size()
-            if size > limit:
+            if size > limit and self.num_models > 1:
                 count = max(1, limit * self.num_models // size)
                 for first in range(0, self.num_models, count):
                     yield self._piece([position], names, slice(first, first + count))

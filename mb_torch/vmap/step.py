@@ -20,7 +20,7 @@ from mb_torch.errors import InvalidInput, Unsupported
 from mb_torch.routed import rows_of, strip
 from mb_torch.vmap.compiled_step import CompiledStep, Job, Place
 from mb_torch.vmap.definition import Definition
-from mb_torch.vmap.mapping import Fallback, ModelMap, batch_dims, check_loss
+from mb_torch.vmap.mapping import Fallback, ModelMap, batch_dims, check_loss, own_copies
 from mb_torch.vmap.parts import Plan, plan_parts
 from mb_torch.vmap.views import PerModelOptimizer
 
@@ -144,7 +144,7 @@ class FusedStep:
         """Outputs (the losses first) of the models of the given stacks, and the gradient of each trained one."""
         size = next((stack.shape[0] for own in stacks for stack in own), self.num_models)
 
-        def at_once() -> tuple[list[Tensor], Gradients]:
+        def at_once(trees: tuple[Any, ...]) -> tuple[list[Tensor], Gradients]:
             compiled = self._compiled_step()
             if compiled is None and not any(backend.vectorises for backend in self.backends):
                 return finish(*self._models.directly(stacks, keys, trees, flags))
@@ -157,7 +157,7 @@ class FusedStep:
             self._keep_replaced(stacks, replaced)
             return outputs, grads
 
-        def one_by_one() -> tuple[list[Tensor], Gradients]:
+        def one_by_one(trees: tuple[Any, ...]) -> tuple[list[Tensor], Gradients]:
             return finish(*self._models.one_by_one(stacks, keys, trees, flags))
 
         def finish(outputs: list[Tensor], replaced: list[Tensor]) -> tuple[list[Tensor], Gradients]:
@@ -165,7 +165,7 @@ class FusedStep:
             self._keep_replaced(stacks, replaced)
             return outputs, grads
 
-        return self._fallback.run(at_once, one_by_one)
+        return self._fallback.run(at_once, one_by_one, trees)
 
     def _backward(self, losses: Tensor, stacks: list[list[Tensor]], scale: Tensor | None) -> Gradients:
         trained = [stack for own in stacks for stack in own if stack.requires_grad]
@@ -211,9 +211,9 @@ class FusedStep:
         compiled = self._compiled_step()
         assert compiled is not None
         stacks = self._stacks()
-        job = Job(stacks, keys, trees, batch_dims(trees, flags), self.num_models, None)
 
-        def at_once() -> list[Tensor]:
+        def at_once(trees: tuple[Any, ...]) -> list[Tensor]:
+            job = Job(stacks, keys, trees, batch_dims(trees, flags), self.num_models, None)
             with self._models.batchable():
                 outputs, replaced = compiled.train(
                     job,
@@ -226,18 +226,19 @@ class FusedStep:
             self._keep_replaced(stacks, replaced)
             return outputs
 
-        def one_by_one() -> list[Tensor]:
+        def one_by_one(trees: tuple[Any, ...]) -> list[Tensor]:
             outputs, grads = self._differentiate(stacks, keys, trees, flags, None)
             self._update(grads, active)
             return outputs
 
-        return self._fallback.run(at_once, one_by_one)
+        return self._fallback.run(at_once, one_by_one, trees)
 
     def _dry_run(self, job: Job) -> Callable[[], list[bool]]:
         """A step without consequences; says which trained stacks get a gradient."""
 
         def run() -> list[bool]:
-            outputs, _ = self._models.at_once(job.stacks, job.keys, job.trees, job.dims, job.size)
+            trees = own_copies(job.trees)
+            outputs, _ = self._models.at_once(job.stacks, job.keys, trees, job.dims, job.size)
             return [grad is not None for grad in self._backward(outputs[0], job.stacks, job.scale)]
 
         return run
@@ -271,7 +272,7 @@ class FusedStep:
                 for share, all_ in zip(shares, stacks, strict=True)
             ]
             part_outputs, part_grads = self._differentiate(
-                own, part_keys[part], part_trees[part], flags, part_scales[part]
+                own, part_keys[part], own_copies(part_trees[part], flags), flags, part_scales[part]
             )
             outputs.append([output.detach() for output in part_outputs])
             grads.append(part_grads)

@@ -32,6 +32,8 @@ from mb_torch.vmap.buckets import (
     choose,
     copy_,
     lerp_,
+    power,
+    root,
     scale_,
     spread,
 )
@@ -174,15 +176,15 @@ class _Adam(Rule):
     ) -> dict[str, Any]:
         # lr / c1 * m / (sqrt(v) / sqrt(c2) + eps), with the whole-stack division by sqrt(c2) moved into two
         # numbers.
-        root = (1.0 - hyper["beta2"] ** clock[0]) ** 0.5
+        correction = root(1.0 - power(hyper["beta2"], clock[0]))
         return {
             **_moment_numbers(hyper, flags),
-            "eps": hyper["eps"] * root,
-            "size": hyper["lr"] * (-root / (1.0 - hyper["beta1"] ** clock[0])),
+            "eps": hyper["eps"] * correction,
+            "size": hyper["lr"] * (-correction / (1.0 - power(hyper["beta1"], clock[0]))),
         }
 
     def update(self, bucket: Bucket, numbers: Mapping[str, Any], flags: Mapping[str, bool]) -> None:
-        _, first, second = _moments(bucket, numbers, flags)
+        first, second = _moments(bucket, numbers, bucket.gradients(flags, numbers["decay"]))
         if flags["amsgrad"]:
             torch._foreach_maximum_(bucket.state["max_exp_avg_sq"], second)
             second = bucket.state["max_exp_avg_sq"]
@@ -203,15 +205,13 @@ def _moment_numbers(hyper: Mapping[str, Value], flags: Mapping[str, bool]) -> di
     }
 
 
-def _moments(bucket: Bucket, numbers: Mapping[str, Any], flags: Mapping[str, bool]) -> tuple[Tensors, Tensors, Tensors]:
-    """Gradients and the updated running averages of gradient and squared gradient."""
-    grads = bucket.gradients(flags, numbers["decay"])
-    first = bucket.state["exp_avg"]
+def _moments(bucket: Bucket, numbers: Mapping[str, Any], grads: Tensors) -> tuple[Tensors, Tensors]:
+    """The running averages of gradient and squared gradient, updated."""
+    first, second = bucket.state["exp_avg"], bucket.state["exp_avg_sq"]
     lerp_(first, grads, bucket.rows(numbers["first"]))
-    second = bucket.state["exp_avg_sq"]
     scale_(second, bucket.rows(numbers["second_keep"]))
     add_product_(second, grads, grads, bucket.rows(numbers["second"]))
-    return grads, first, second
+    return first, second
 
 
 def _shrink(bucket: Bucket, numbers: Mapping[str, Any], flags: Mapping[str, bool]) -> None:
@@ -232,7 +232,7 @@ class _NAdam(Rule):
 
     @staticmethod
     def _momentum(step: Value, hyper: Mapping[str, Value]) -> Value:
-        return hyper["beta1"] * (1.0 - 0.5 * 0.96 ** (step * hyper["momentum_decay"]))
+        return hyper["beta1"] * (1.0 - 0.5 * power(0.96, step * hyper["momentum_decay"]))
 
     def advance(self, clock: Sequence[Value], hyper: Mapping[str, Value], flags: Mapping[str, bool]) -> list[Value]:
         step = clock[0] + 1.0
@@ -249,22 +249,24 @@ class _NAdam(Rule):
     ) -> dict[str, Any]:
         step, product = clock
         following = self._momentum(step + 1.0, hyper)
-        root = (1.0 - hyper["beta2"] ** step) ** 0.5
-        size = -hyper["lr"] * root
+        correction = root(1.0 - power(hyper["beta2"], step))
+        size = -hyper["lr"] * correction
         return {
             **_moment_numbers(hyper, flags),
-            "eps": hyper["eps"] * root,
+            "eps": hyper["eps"] * correction,
             "gradient_size": size * (1.0 - self._momentum(step, hyper)) / (1.0 - product),
             "average_size": size * following / (1.0 - product * following),
         }
 
     def update(self, bucket: Bucket, numbers: Mapping[str, Any], flags: Mapping[str, bool]) -> None:
-        grads, first, second = _moments(bucket, numbers, flags)
+        grads = bucket.gradients(flags, numbers["decay"])
+        first, second = _moments(bucket, numbers, grads)
         scale = torch._foreach_sqrt(second)
         add_(scale, bucket.rows(numbers["eps"]))
         _shrink(bucket, numbers, flags)
-        add_quotient_(bucket.params, grads, scale, bucket.rows(numbers["gradient_size"]))
-        add_quotient_(bucket.params, first, scale, bucket.rows(numbers["average_size"]))
+        direction = torch._foreach_mul(grads, bucket.rows(numbers["gradient_size"]))
+        add_scaled_(direction, first, bucket.rows(numbers["average_size"]))
+        torch._foreach_addcdiv_(bucket.params, direction, scale)
 
 
 def _narrow(value: Value) -> Value:
@@ -283,14 +285,14 @@ class _RAdam(Rule):
         self, clock: Sequence[Value], hyper: Mapping[str, Value], flags: Mapping[str, bool]
     ) -> dict[str, Any]:
         step, beta2 = clock[0], hyper["beta2"]
-        power = beta2**step
+        decayed = power(beta2, step)
         limit = 2.0 / (1.0 - beta2) - 1.0
-        length = limit - 2.0 * step * power / (1.0 - power)
-        plain = -hyper["lr"] / (1.0 - hyper["beta1"] ** step)
+        length = limit - 2.0 * step * decayed / (1.0 - decayed)
+        plain = -hyper["lr"] / (1.0 - power(hyper["beta1"], step))
 
         def rectified() -> Value:
             ratio = (length - 4.0) * (length - 2.0) * limit / ((limit - 4.0) * (limit - 2.0) * length)
-            return plain * ((1.0 - power) * ratio) ** 0.5
+            return plain * root((1.0 - decayed) * ratio)
 
         numbers = {**_moment_numbers(hyper, flags), "eps": hyper["eps"], "tractable": length > 5.0}
         if isinstance(length, Tensor):
@@ -300,7 +302,7 @@ class _RAdam(Rule):
         return numbers
 
     def update(self, bucket: Bucket, numbers: Mapping[str, Any], flags: Mapping[str, bool]) -> None:
-        _, first, second = _moments(bucket, numbers, flags)
+        first, second = _moments(bucket, numbers, bucket.gradients(flags, numbers["decay"]))
         _shrink(bucket, numbers, flags)
         size, tractable = bucket.rows(numbers["size"]), numbers["tractable"]
         if tractable is False:
@@ -327,7 +329,7 @@ class _Adamax(Rule):
             "first": 1.0 - hyper["beta1"],
             "norm_keep": hyper["beta2"],
             "eps": hyper["eps"],
-            "size": -hyper["lr"] / (1.0 - hyper["beta1"] ** clock[0]),
+            "size": -hyper["lr"] / (1.0 - power(hyper["beta1"], clock[0])),
         }
 
     def update(self, bucket: Bucket, numbers: Mapping[str, Any], flags: Mapping[str, bool]) -> None:
@@ -394,10 +396,11 @@ class _RMSprop(Rule):
         buffers = bucket.state["momentum_buffer"]
         before = [buffer.clone() for buffer in buffers] if flags["some_without"] else buffers
         scale_(buffers, bucket.rows(numbers["momentum"]))
-        torch._foreach_addcdiv_(buffers, grads, scale)
+        quotient = torch._foreach_div(grads, scale)
+        torch._foreach_add_(buffers, quotient)
         if not flags["some_without"]:
             return buffers
-        direction = bucket.where(numbers["with_momentum"], buffers, torch._foreach_div(grads, scale))
+        direction = bucket.where(numbers["with_momentum"], buffers, quotient)
         copy_(buffers, bucket.where(numbers["with_momentum"], buffers, before))
         return direction
 

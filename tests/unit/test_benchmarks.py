@@ -19,7 +19,6 @@ from benchmarks.measure import (
     Memory,
     Spread,
     Timings,
-    agree_in_float64,
     check_losses,
     check_weights,
     race,
@@ -107,7 +106,6 @@ def test_losses_must_fall() -> None:
 
 def test_contestants_race_in_processes_of_their_own() -> None:
     names = ["loop", bars.FUSED]
-    assert agree_in_float64(names, SMALL, threads=1) <= 1e-9
     lines: list[str] = []
     timings = race(names, SMALL, 1, rounds=5, steps=4, say=lines.append)
     assert {name: len(seconds) for name, seconds in timings.seconds.items()} == dict.fromkeys(names, 5)
@@ -156,7 +154,7 @@ def test_bars(value: float, at_least: bool, holds: bool) -> None:
 
 
 def test_bars_of_many_use_the_fastest_by_hand() -> None:
-    seconds = dict.fromkeys(CONTESTANTS, [1.0, 1.0]) | {"by hand, rate per model": [0.5, 0.5]}
+    seconds = {name: [1.0, 1.0] for name in CONTESTANTS} | {"by hand, rate per model": [0.5, 0.5]}
     found = bars.bars_of_many(Timings(SMALL, {}, seconds, 0.0))
     assert found[0].what == "ours, make_train_step / by hand, rate per model"
     assert (found[0].measured.median, found[0].holds) == (2.0, False)
@@ -197,6 +195,7 @@ def test_a_failed_installation_leaves_nothing(monkeypatch: pytest.MonkeyPatch, t
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_a_quick_run(tmp_path: Path) -> None:
     output = tmp_path / "results.json"
     options = ["--quick", "--without-peers", "--threads", "1", "--output", str(output)]

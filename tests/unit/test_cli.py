@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import math
+import re
 import struct
 import subprocess
 import sys
@@ -413,6 +414,17 @@ class TestReport:
         shown = console.file.getvalue()
         for part in ("Training", "4/4", "steps/s", "0:00:00", "epoch 1/1"):
             assert part in shown
+
+
+def test_example_of_basic_training() -> None:
+    """The script that newcomers read first; its two ways of training must agree."""
+    printed = run_python((ROOT / "examples" / "basic_training.py").read_text()).stdout
+    difference = re.search(r"loop and fused step agree up to (\S+)", printed)
+    best, taken_out = re.findall(r"(?:with|batch:) ([\d.]+)%", printed)
+    assert difference
+    assert float(difference[1]) < 1e-2
+    assert best == taken_out
+    assert float(best) > 95
 
 
 @pytest.mark.long

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from mb_torch.errors import InvalidInput
 from mb_torch.vmap import layers, recurrent
 from mb_torch.vmap.layers import find_gaps, make_batchable, restore
+from mb_torch.vmap.rng import seeded
 from tests.compare import assert_close, assert_different, assert_equal
 from tests.zoo import CASES, Case, by_name, zoo_loss
 
@@ -162,9 +163,11 @@ def test_every_class_closes_a_gap_that_torch_has(ours: type[nn.Module]) -> None:
     case = SPARSE if GAPS[ours] == SPARSE.name else by_name[GAPS[ours]]
     models = build(case)
     assert any(issubclass(gap.batchable, ours) for gap in find_gaps(models[0]))
-    with warnings.catch_warnings(), pytest.raises((RuntimeError, UserWarning)):
+    how = "inside" if case is SPARSE else "outside"
+    with warnings.catch_warnings():
         warnings.filterwarnings("error", message="There is a performance drop")
-        run_at_once(models[0], models, case, how="inside" if case is SPARSE else "outside")
+        with pytest.raises((RuntimeError, UserWarning)):
+            run_at_once(models[0], models, case, how=how)
 
 
 def test_every_class_is_tested() -> None:
@@ -304,19 +307,33 @@ def seeded_run(swapped: nn.Module, models: Sequence[nn.Module], case: Case, seed
 
 
 @pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
-def test_dropout_acts_between_layers_only_and_keeps_the_mean(layer: type[nn.RNNBase]) -> None:
-    # The weights of the second layer are zero but for its bias, so dropped inputs leave no trace.
-    model = batchable(layer(4, 64, num_layers=2, dropout=0.5))
-    with torch.no_grad():
-        model.weight_ih_l1.zero_()
-        model.weight_hh_l1.zero_()
-    x = torch.randn(3, 2, 4)
-    first, second = (torch.vmap(lambda _: model(x)[0], randomness="different")(torch.zeros(2)) for _ in range(2))
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_acts_between_layers_only(
+    layer: type[nn.RNNBase], training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def dropout(rows: Tensor, p: float, training: bool) -> Tensor:
+        calls.append((tuple(rows.shape), p, training))
+        return rows
+
+    monkeypatch.setattr(recurrent.F, "dropout", dropout)
+    model = batchable(layer(4, 6, num_layers=3, dropout=0.3, bidirectional=True).double().train(training))
+    x = torch.randn(5, 2, 4, dtype=torch.float64)
+    torch.vmap(lambda scale: model(scale * x)[0])(torch.ones(2, dtype=torch.float64))
+    assert calls == [((10, 12), 0.3, training)] * 2
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_single_model_draws_its_dropout_where_a_random_stream_sees_it(layer: type[nn.RNNBase]) -> None:
+    model = batchable(layer(4, 6, num_layers=2, dropout=0.5))
+    x = torch.randn(5, 2, 4)
+    with seeded(torch.tensor(3)) as stream:
+        first = model(x)[0]
+    with seeded(torch.tensor(3)):
+        second = model(x)[0]
+    assert stream.draws == 1
     assert_equal(first, second)
-    zeros = torch.vmap(
-        lambda _: recurrent.F.dropout(torch.ones(1000), model.dropout, model.training), randomness="different"
-    )(torch.zeros(2))
-    assert abs(float(zeros.mean()) - 1.0) < 0.2
 
 
 @pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
