@@ -73,15 +73,17 @@ def copy_(xs: Tensors, ys: Tensors) -> None:
 def power(base: Value, exponent: Value) -> Value:
     """`base ** exponent`, with the same bits for a model whether it is a float or one of several.
 
-    libm and the vectorised loops of torch differ in the last bit.
+    libm and the vectorised loops of torch differ in the last bit; numpy has one function for every length.
     """
     if isinstance(base, float) and isinstance(exponent, float):
-        return float(np.power(np.array([base]), exponent)[0])
-    tensor = base if isinstance(base, Tensor) else exponent
-    if torch.compiler.is_compiling() or tensor.device.type != "cpu":  # type: ignore[union-attr]
-        return torch.pow(base, exponent)  # type: ignore[arg-type, return-value]
-    arrays = [value.numpy() if isinstance(value, Tensor) else value for value in (base, exponent)]
-    return torch.from_numpy(np.power(*arrays))
+        return float(np.power(np.array([base]), np.array([exponent]))[0])
+    if isinstance(base, float):
+        base = torch.full_like(exponent, base)  # type: ignore[arg-type]
+    elif isinstance(exponent, float):
+        exponent = torch.full_like(base, exponent)
+    if torch.compiler.is_compiling() or base.device.type != "cpu":
+        return torch.pow(base, exponent)
+    return torch.from_numpy(np.power(base.numpy(), exponent.numpy()))  # type: ignore[union-attr]
 
 
 def root(value: Value) -> Value:

@@ -6,20 +6,54 @@ pickled nor compiled; after a pass of one model the next model would take it for
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from mb_torch.errors import Unsupported
+
 # Parameters, buffers, submodules and hooks, which every module has, are not plain attributes.
 _TABLES = frozenset(vars(nn.Module()))
+
+# What tells the form of a tensor only; attributes such as shape are named __get__. torch.compile asks for the rest.
+_HARMLESS = frozenset(
+    "__get__ __repr__ dim size numel stride storage_offset untyped_storage is_conj is_neg _is_view".split()
+)
+
+
+class Forgotten(Tensor):
+    """Stands, without values, where a forward pass left a tensor; raises when it is computed with."""
+
+    @staticmethod
+    def of(shape: torch.Size, dtype: torch.dtype) -> Forgotten:
+        """Return a placeholder of that form, on the meta device."""
+        return torch.empty(shape, dtype=dtype, device="meta").as_subclass(Forgotten)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Let the form be looked at; refuse everything else."""
+        if func.__name__ not in _HARMLESS:
+            raise Unsupported(
+                "forward() reads a tensor that an earlier forward pass left on a module as a plain attribute",
+                fix="Register what has to outlive a pass with register_buffer.",
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Forgotten:
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return Forgotten.of, (self.shape, self.dtype)
 
 
 class Leftovers:
     """Tells what forward passes left on a model from what was there before, and puts placeholders in its place.
-
-    A placeholder is a tensor on the meta device: computing with it raises, or gives a tensor without values.
 
     Args:
         module: The model, before any forward pass whose results are to be forgotten.
@@ -29,19 +63,19 @@ class Leftovers:
         >>> model.scale = torch.ones(2)
         >>> leftovers = Leftovers(model)
         >>> model.features = torch.randn(3, 2)
-        >>> leftovers.forget(), model.features.device, model.scale.device
-        (True, device(type='meta'), device(type='cpu'))
+        >>> leftovers.forget(), model.features.shape, type(model.features).__name__, type(model.scale).__name__
+        (True, torch.Size([3, 2]), 'Forgotten', 'Tensor')
         >>> model.features = torch.randn(3, 2)
         >>> leftovers.reset()
-        >>> leftovers.forget(), model.features.device
-        (False, device(type='meta'))
+        >>> leftovers.forget(), type(model.features).__name__
+        (False, 'Forgotten')
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._modules = list(module.modules())
         # Kept, not only their ids: the id of a tensor that is gone may be given to a new one.
         self._known = {id(tensor): tensor for _, _, tensors in self._plain_tensors() for tensor in tensors}
-        self._places: dict[tuple[nn.Module, str], Tensor] = {}
+        self._places: dict[tuple[nn.Module, str], Forgotten] = {}
 
     def forget(self) -> bool:
         """Search the model and replace each new tensor; takes some microseconds per submodule.
@@ -54,7 +88,7 @@ class Leftovers:
             if any(self._is_new(tensor) for tensor in tensors):
                 value = pytree.tree_map(self._placeholder, vars(module)[name])
                 vars(module)[name] = value
-                if isinstance(value, Tensor):
+                if isinstance(value, Forgotten):
                     self._places[module, name] = value
                 found = True
         return found
@@ -73,16 +107,14 @@ class Leftovers:
         return [
             (module, name, tensors)
             for module in self._modules
-            for name, value in vars(module).items()
-            if name not in _TABLES and isinstance(value, (Tensor, list, tuple, dict))
+            for name in vars(module).keys() - _TABLES
+            if isinstance(value := vars(module)[name], (Tensor, list, tuple, dict))
             if (tensors := [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)])
         ]
 
     def _is_new(self, leaf: Any) -> bool:
+        # A recurrent layer lists its parameters, which are on the meta device between passes.
         return isinstance(leaf, Tensor) and id(leaf) not in self._known and not leaf.is_meta
 
     def _placeholder(self, leaf: Any) -> Any:
-        if not self._is_new(leaf):
-            return leaf
-        # Never without axes: a 0-dim tensor of any device may be an operand of an in-place operation.
-        return torch.empty(leaf.shape or (1,), dtype=leaf.dtype, device="meta")
+        return Forgotten.of(leaf.shape, leaf.dtype) if self._is_new(leaf) else leaf

@@ -255,12 +255,10 @@ class StackedOptimizer(PerModelOptimizer):
         return self._hyper
 
     def _value(self, name: str, column: list[float]) -> Value:
-        if column.count(column[0]) == len(column):
-            return column[0]
         seen = self._hyper
-        if seen is not None and seen.columns[name] == column and isinstance(seen.values[name], Tensor):
+        if seen is not None and seen.columns[name] == column:
             return seen.values[name]
-        return self._stacked_state.on_device(column)
+        return self._stacked_state.value(column)
 
     def _common(self, values: Sequence[bool], key: str) -> bool:
         for model, value in enumerate(values):

@@ -34,7 +34,7 @@ class StackedState:
         self.rule = rule
         self.stacks = list(stacks)
         self.num_models = num_models
-        self.clocks: list[list[Value]] = [list(rule.first_clock)]
+        self.clocks: list[list[Value]] = [[self.value([start] * num_models) for start in rule.first_clock]]
         self.clock_of = [0] * len(self.stacks)
         # torch.optim keeps its counters in float64 if that is the default dtype when an optimizer is made.
         wide = torch.get_default_dtype() == torch.float64
@@ -63,6 +63,15 @@ class StackedState:
     def on_device(self, values: Sequence[float]) -> Tensor:
         """Return one number per model as float64 ``[num_models]`` where the stacks are."""
         return torch.tensor(values, dtype=torch.float64, device=self.stacks[0].parameter.device)
+
+    def value(self, values: Sequence[float]) -> Value:
+        """Return one number per model as a float where they agree and that is as exact as a tensor.
+
+        An accelerator's arithmetic may differ from the host's in the last bit, and what one model changes must not
+        decide which of the two its companions get.
+        """
+        host = self.num_models == 1 or self.stacks[0].parameter.device.type == "cpu"
+        return values[0] if host and values.count(values[0]) == len(values) else self.on_device(values)
 
     def clock_tensors(self, index: int) -> list[Tensor]:
         """Return the counters of a clock as tensors ``[num_models]``, which from now on are the clock."""
@@ -97,8 +106,7 @@ class StackedState:
             for position, tensor in enumerate(tensors):
                 if tensor is not None:
                     tensors[position] = tensor.to(self.stacks[position].parameter)
-        device = self.stacks[0].parameter.device
-        self.clocks = [[v.to(device) if isinstance(v, Tensor) else v for v in clock] for clock in self.clocks]
+        self.set_counts([self.counts(position) for position in range(len(self.stacks))])
 
     def pack(self, models: Sequence[int], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the state of one model or of all as a plain optimizer's state dict.
@@ -212,9 +220,7 @@ class StackedState:
         """Set the counters: for each stack and counter one value per model. Equal ones share a clock."""
         keys = [tuple(tuple(values) for values in own) for own in counts]
         distinct = list(dict.fromkeys(keys))
-        self.clocks = [
-            [own[0] if own.count(own[0]) == len(own) else self.on_device(own) for own in key] for key in distinct
-        ]
+        self.clocks = [[self.value(own) for own in key] for key in distinct]
         self.clock_of = [distinct.index(key) for key in keys]
 
 

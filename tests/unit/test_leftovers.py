@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
+from mb_torch.errors import Unsupported
 from mb_torch.vmap.leftovers import Leftovers
+from tests.compare import assert_close
 from tests.zoo import by_name
 
 
@@ -93,22 +95,49 @@ def test_without_forgetting_a_module_can_be_neither_copied_nor_pickled() -> None
         lambda real, kept: kept * real,
         lambda real, kept: real.add_(kept),
         lambda real, kept: real.copy_(kept),
-        lambda real, kept: torch.stack([real, kept.squeeze()]),
+        lambda real, kept: torch.stack([real, kept]),
         lambda real, kept: torch.vmap(lambda x: x + kept)(torch.stack([real, real])),
-        lambda real, kept: nn.functional.linear(torch.zeros(3), torch.zeros(2, 3), kept),
-        lambda real, kept: kept.sum().item(),
+        lambda real, kept: nn.functional.linear(torch.zeros(2, 2), kept),
+        lambda real, kept: kept.detach(),
+        lambda real, kept: kept.sum(),
+        lambda real, kept: float(kept),
+        lambda real, kept: bool(kept.any()),
     ],
 )
 @pytest.mark.parametrize("shape", [(2,), ()])
-def test_what_is_read_after_it_was_forgotten_has_no_values(
-    read: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...]
+def test_what_is_read_after_it_was_forgotten_raises(
+    read: Callable[[Tensor, Tensor], object], shape: tuple[int, ...]
 ) -> None:
     model = nn.Module()
     leftovers = Leftovers(model)
-    model.kept = torch.ones(shape)
+    model.kept = torch.ones(shape, dtype=torch.float64)
     leftovers.forget()
-    with pytest.raises((RuntimeError, NotImplementedError), match="meta|output with shape"):
-        torch.zeros(2).copy_(read(torch.zeros(shape), model.kept))
+    for own in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert (own.kept.shape, own.kept.dtype, own.kept.dim()) == (shape, torch.float64, len(shape))
+        with pytest.raises(Unsupported, match="register_buffer"):
+            read(torch.zeros(shape), own.kept)
+
+
+@pytest.mark.parametrize("name", ["pruned", "spectral_norm_hook"])
+def test_a_hook_compiles_with_its_weight_reset(name: str) -> None:
+    case = by_name[name]
+    model = case.build(1).eval()
+    args, kwargs = case.batch()
+    leftovers = Leftovers(model)
+    parameters = {name: torch.stack([p.detach(), 0.5 * p.detach()]) for name, p in model.named_parameters()}
+
+    def one(own: dict[str, Tensor]) -> Tensor:
+        value = functional_call(model, own, args, kwargs).square().sum()
+        leftovers.reset()
+        return value
+
+    mapped = torch.vmap(grad(one))
+    expected = mapped(parameters)
+    assert leftovers.forget()
+    received = torch.compile(mapped, backend="aot_eager", fullgraph=True)(parameters)
+    torch._dynamo.reset()
+    assert_close(received, expected)
+    assert not leftovers.forget()
 
 
 @pytest.mark.parametrize("name", ["weight_norm_hook", "weight_norm_hook_lstm", "spectral_norm_hook", "pruned"])

@@ -348,6 +348,62 @@ def test_no_model_sees_another(name: str, masks: list[tuple[bool, ...]], spoiled
     assert_equal(results[0], results[1])
 
 
+OTHER_NUMBERS: dict[str, Any] = {
+    "lr": 0.003,
+    "weight_decay": 0.7,
+    "momentum": 0.37,
+    "dampening": 0.21,
+    "betas": (0.37, 0.83),
+    "eps": 1e-2,
+    "alpha": 0.55,
+    "lr_decay": 0.3,
+    "rho": 0.44,
+    "momentum_decay": 0.02,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name.endswith(("-all", "-nesterov", "-centered", "-dampening"))]
+)
+def test_what_one_model_does_differently_changes_no_bit_of_another(name: str, dtype: torch.dtype) -> None:
+    """One model gets other numbers, or misses a step: what all share goes from one float to one value per model."""
+    case = CASES[NAMES.index(name)]
+    shared = {key: OTHER_NUMBERS[key] if key in ("lr", "eps") else value for key, value in case.configs[0].items()}
+    shared.pop("weight_decay", None)
+    shapes = {"matrix": (17, 9), "vector": (5,), "number": ()}
+    values = starting_values(shapes, num_models=6, dtype=dtype)
+    changes: list[Any] = [None, "mask", *(key for key in OTHER_NUMBERS if key in optim_options(case))]
+    results = []
+    for change in changes:
+        batch = StandInBatch(make_optimizer, values)
+        optimizer: Any = batch.make_optimizer(case.optimizer_cls, [dict(shared)] * 6)
+        generator = torch.Generator().manual_seed(3)
+        for step in range(8):
+            grads = [torch.randn(p.shape, generator=generator, dtype=dtype) for p in batch.stacked_params.values()]
+            if change == "mask":
+                optimizer.update(grads, torch.tensor([True, step != 2, True, True, True, True]))
+                continue
+            if change is not None and step == 3:
+                optimizer.param_groups[1][change] = (
+                    0.9 * OTHER_NUMBERS[change] if change in ("lr", "eps") else OTHER_NUMBERS[change]
+                )
+            optimizer.update(grads)
+        results.append([everything(batch, optimizer, model) for model in range(6)])
+        for own in results[-1]:
+            own["optimizer"].pop("param_groups")
+    for change, result in zip(changes[1:], results[1:], strict=True):
+        if change != "dampening" or case.configs[0].get("momentum"):
+            assert_different(result[1]["weights"], results[0][1]["weights"])
+        for model in (0, 2, 3, 4, 5):
+            assert_equal(result[model], results[0][model])
+
+
+def optim_options(case: OptimizerCase) -> dict[str, Any]:
+    """The options of one model, with their defaults."""
+    return case.optimizer_cls([nn.Parameter(torch.zeros(1))], **case.configs[0]).defaults
+
+
 def test_nobody_active_changes_nothing() -> None:
     batch, optimizer = make("Adam-all")
     train(batch, optimizer, 0)
