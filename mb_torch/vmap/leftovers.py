@@ -109,7 +109,7 @@ class Leftovers:
             for module in self._modules
             for name in vars(module).keys() - _TABLES
             if isinstance(value := vars(module)[name], (Tensor, list, tuple, dict))
-            if (tensors := [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)])
+            if (tensors := _tensors_in(value))
         ]
 
     def _is_new(self, leaf: Any) -> bool:
@@ -118,3 +118,18 @@ class Leftovers:
 
     def _placeholder(self, leaf: Any) -> Any:
         return Forgotten.of(leaf.shape, leaf.dtype) if self._is_new(leaf) else leaf
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in nested containers, which may contain themselves."""
+    found: list[Tensor] = []
+    seen: set[int] = set()
+    remaining = [value]
+    while remaining:
+        item = remaining.pop()
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, (list, tuple, dict)) and id(item) not in seen:
+            seen.add(id(item))
+            remaining.extend(item.values() if isinstance(item, dict) else item)
+    return found

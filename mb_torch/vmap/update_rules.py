@@ -264,9 +264,8 @@ class _NAdam(Rule):
         scale = torch._foreach_sqrt(second)
         add_(scale, bucket.rows(numbers["eps"]))
         _shrink(bucket, numbers, flags)
-        direction = torch._foreach_mul(grads, bucket.rows(numbers["gradient_size"]))
-        add_scaled_(direction, first, bucket.rows(numbers["average_size"]))
-        torch._foreach_addcdiv_(bucket.params, direction, scale)
+        add_quotient_(bucket.params, grads, scale, bucket.rows(numbers["gradient_size"]))
+        add_quotient_(bucket.params, first, scale, bucket.rows(numbers["average_size"]))
 
 
 def _narrow(value: Value) -> Value:

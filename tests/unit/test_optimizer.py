@@ -393,7 +393,8 @@ def test_what_one_model_does_differently_changes_no_bit_of_another(name: str, dt
         for own in results[-1]:
             own["optimizer"].pop("param_groups")
     for change, result in zip(changes[1:], results[1:], strict=True):
-        if change != "dampening" or case.configs[0].get("momentum"):
+        unused = change == "dampening" and not case.configs[0].get("momentum")
+        if not unused and dtype != torch.bfloat16:  # whose few bits need not show it
             assert_different(result[1]["weights"], results[0][1]["weights"])
         for model in (0, 2, 3, 4, 5):
             assert_equal(result[model], results[0][model])
