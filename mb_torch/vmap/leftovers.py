@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from mb_torch.errors import Unsupported
 
@@ -86,7 +85,7 @@ class Leftovers:
         found = False
         for module, name, tensors in self._plain_tensors():
             if any(self._is_new(tensor) for tensor in tensors):
-                value = pytree.tree_map(self._placeholder, vars(module)[name])
+                value = self._replaced(vars(module)[name], set())
                 vars(module)[name] = value
                 if isinstance(value, Forgotten):
                     self._places[module, name] = value
@@ -116,8 +115,21 @@ class Leftovers:
         # A recurrent layer lists its parameters, which are on the meta device between passes.
         return isinstance(leaf, Tensor) and id(leaf) not in self._known and not leaf.is_meta
 
-    def _placeholder(self, leaf: Any) -> Any:
-        return Forgotten.of(leaf.shape, leaf.dtype) if self._is_new(leaf) else leaf
+    def _replaced(self, value: Any, seen: set[int]) -> Any:
+        """The value with placeholders for new tensors; lists and dicts stay the same objects."""
+        if self._is_new(value):
+            return Forgotten.of(value.shape, value.dtype)
+        if id(value) in seen:
+            return value
+        seen.add(id(value))
+        if isinstance(value, dict):
+            value.update({key: self._replaced(item, seen) for key, item in value.items()})
+        elif isinstance(value, list):
+            value[:] = [self._replaced(item, seen) for item in value]
+        elif isinstance(value, tuple):
+            items = [self._replaced(item, seen) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return value
 
 
 def _tensors_in(value: Any) -> list[Tensor]:

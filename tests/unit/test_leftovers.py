@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 from mb_torch.errors import Unsupported
-from mb_torch.vmap.leftovers import Leftovers
+from mb_torch.vmap.leftovers import Forgotten, Leftovers
 from tests.compare import assert_close
 from tests.zoo import by_name
 
@@ -62,6 +64,29 @@ def test_what_a_pass_left_is_forgotten(how: str) -> None:
         assert all(tensor.is_meta and tensor.shape == (2, 3) for tensor in kept)
     pickle.dumps(model)
     assert torch.equal(copy.deepcopy(model).constant, constant)
+
+
+class Pair(NamedTuple):
+    """A container that is built from its items one by one."""
+
+    name: str
+    value: Tensor
+
+
+def test_every_container_is_searched_and_kept() -> None:
+    model = nn.Module()
+    leftovers = Leftovers(model)
+    endless: list[object] = [torch.ones(2)]
+    endless.append(endless)
+    mapping = OrderedDict(pair=Pair("first", torch.ones(3)), nested=(torch.ones(4), [torch.ones(5), "text"]))
+    model.endless, model.mapping = endless, mapping
+    assert leftovers.forget()
+    assert model.endless is endless is endless[1]
+    assert model.mapping is mapping
+    found = [endless[0], mapping["pair"].value, mapping["nested"][0], mapping["nested"][1][0]]
+    assert [(type(tensor), *tensor.shape) for tensor in found] == [(Forgotten, size) for size in (2, 3, 4, 5)]
+    assert (mapping["pair"].name, mapping["nested"][1][1]) == ("first", "text")
+    assert not leftovers.forget()
 
 
 @pytest.mark.parametrize("how", ["plain", "vmap"])
