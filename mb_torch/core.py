@@ -15,7 +15,7 @@ from mb_torch.clipping import clip_gradients_
 from mb_torch.errors import InvalidInput, InvalidState
 from mb_torch.files import load_states, save_states
 from mb_torch.random_streams import RandomStreams
-from mb_torch.routed import RoutedTensor, rows_from_weights, rows_of
+from mb_torch.routed import RoutedTensor, routed_leaves, rows_from_weights
 from mb_torch.state import (
     ModelState,
     StackBuilder,
@@ -25,7 +25,7 @@ from mb_torch.state import (
     model_states,
     select_models,
 )
-from mb_torch.targets import batch_length, check_targets_may_be_shared, loss_accepts, targets_are_shared
+from mb_torch.targets import batch_length, check_targets_may_be_shared, loss_accepts, of_first_model, targets_are_shared
 from mb_torch.train_step import TrainStep, make_joint_step
 
 _LEFT_OUT: Any = object()
@@ -220,7 +220,7 @@ class ModelBatch(nn.Module):
     def check_inputs(self, inputs: Any) -> None:
         """Raise `InvalidInput` unless the inputs agree with ``shared_input``."""
         if self.shared_input:
-            if rows_of(inputs) is not None or _any_routed(inputs):
+            if routed_leaves(inputs):
                 raise InvalidInput(
                     "routed inputs have one set of rows per model, but this batch has shared_input=True",
                     fix="Build it with ModelBatch(models, shared_input=False).",
@@ -279,12 +279,11 @@ class ModelBatch(nn.Module):
         if weights is not None:
             outputs, targets = self._with_rows((outputs, targets), weights)
         if shared_targets is None:
-            first = pytree.tree_map(lambda leaf: leaf[0] if isinstance(leaf, Tensor) else leaf, outputs)
             shared_targets = targets_are_shared(
                 targets,
                 num_models=self.num_models,
                 batch=batch_length(outputs, model_axis=True),
-                loss_fits=loss_accepts(loss_fn, first),
+                loss_fits=lambda given: loss_accepts(loss_fn, of_first_model(outputs))(given),
             )
         if shared_targets:
             check_targets_may_be_shared(outputs)
@@ -357,7 +356,12 @@ class ModelBatch(nn.Module):
         Args:
             set_to_none: Drop the gradient tensors; otherwise fill them with zeros.
         """
-        super().zero_grad(set_to_none=set_to_none)
+        if not set_to_none:
+            super().zero_grad(set_to_none=False)
+            return
+        # Without the walk over the tree of modules.
+        for parameter in self.stacked_params.values():
+            parameter.grad = None
 
     def clip_grad_norm_(
         self,
@@ -565,10 +569,6 @@ class _PlainLoss:
 
     def __call__(self, model: nn.Module, inputs: Any, targets: Any, **arguments: Any) -> Any:
         return self.plain_loss(model(inputs), targets, **arguments)
-
-
-def _any_routed(tree: Any) -> bool:
-    return any(isinstance(leaf, RoutedTensor) for leaf in pytree.tree_leaves(tree))
 
 
 def _placeholders(prototype: nn.Module) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from mb_torch.errors import InvalidInput
 from mb_torch.row_tracking import Call, Rows, common_rows, real_rows
+from mb_torch.trees import leaves_of
 
 
 class RoutedTensor(Tensor):
@@ -99,7 +100,7 @@ class RoutedTensor(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
     ) -> Any:
-        call = Call(func, tuple(args), dict(kwargs or {}), _routed_leaves((args, kwargs)))
+        call = Call(func, tuple(args), dict(kwargs or {}), routed_leaves((args, kwargs)))
         call.check()
         result = _run(call, types)
         tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
@@ -159,7 +160,7 @@ def rows_of(*pytrees: Any) -> Rows | None:
         >>> rows_of(torch.zeros(2, 3), [RoutedTensor(torch.zeros(2, 3), (3, 1))])
         (3, 1)
     """
-    return common_rows(_routed_leaves(pytrees))
+    return common_rows(routed_leaves(pytrees))
 
 
 def rows_from_weights(weights: Tensor) -> Rows | None:
@@ -248,8 +249,9 @@ def _rebuild(tensor: Tensor, rows: Rows, requires_grad: bool) -> RoutedTensor:
     return _attach(tensor.detach(), rows).requires_grad_(requires_grad)  # type: ignore[return-value]
 
 
-def _routed_leaves(pytree: Any) -> list[RoutedTensor]:
-    return [leaf for leaf in tree_leaves(pytree) if isinstance(leaf, RoutedTensor)]
+def routed_leaves(pytree: Any) -> list[RoutedTensor]:
+    """Return the routed tensors in a pytree."""
+    return [leaf for leaf in leaves_of(pytree) if isinstance(leaf, RoutedTensor)]
 
 
 def _run(call: Call, types: Sequence[type]) -> Any:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mb_torch.errors import InvalidInput
-from mb_torch.routed import RoutedTensor, rows_of
+from mb_torch.routed import RoutedTensor, routed_leaves
+from mb_torch.trees import leaves_of
 
 _ADVICE = "Pass shared_targets=True (all models get the same) or shared_targets=False (a leading model axis)."
 
@@ -39,14 +40,13 @@ def targets_are_shared(
         >>> targets_are_shared(torch.zeros(4, 32), num_models=4, batch=32)
         False
     """
-    leaves = [leaf for leaf in pytree.tree_leaves(targets) if isinstance(leaf, Tensor)]
+    leaves = [leaf for leaf in leaves_of(targets) if isinstance(leaf, Tensor)]
     if any(isinstance(leaf, RoutedTensor) for leaf in leaves):
         return False
     shared = all(leaf.dim() == 0 or leaf.shape[0] == batch for leaf in leaves)
     per_model = bool(leaves) and all(leaf.dim() >= 2 and leaf.shape[:2] == (num_models, batch) for leaf in leaves)
     if shared and per_model and loss_fits is not None:
-        first = pytree.tree_map(lambda leaf: leaf[0] if isinstance(leaf, Tensor) else leaf, targets)
-        shared, per_model = loss_fits(targets), loss_fits(first)
+        shared, per_model = loss_fits(targets), loss_fits(of_first_model(targets))
     if shared != per_model:
         return shared
     shapes = [tuple(leaf.shape) for leaf in leaves]
@@ -61,11 +61,16 @@ def targets_are_shared(
 
 def check_targets_may_be_shared(data: Any) -> None:
     """Raise `InvalidInput` if the data is routed: rows that differ between models have targets that do."""
-    if rows_of(data) is not None:
+    if routed_leaves(data):
         raise InvalidInput(
             "the rows are routed to the models, but the targets are shared",
             fix="Route the targets too: route_batch(inputs, masks=..., targets=targets).",
         )
+
+
+def of_first_model(tree: Any) -> Any:
+    """Model 0's share of a pytree of tensors ``[num_models, ...]``."""
+    return pytree.tree_map(lambda leaf: leaf[0] if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def loss_accepts(loss_fn: Callable[..., Any], outputs: Any) -> Callable[[Any], bool]:
@@ -87,7 +92,7 @@ def loss_accepts(loss_fn: Callable[..., Any], outputs: Any) -> Callable[[Any], b
 def batch_length(tree: Any, model_axis: bool) -> int | None:
     """Rows per model of the first tensor in a pytree, behind the model axis if there is one; None if it has none."""
     axis = 1 if model_axis else 0
-    for leaf in pytree.tree_leaves(tree):
+    for leaf in leaves_of(tree):
         if isinstance(leaf, Tensor):
             return leaf.shape[axis] if leaf.dim() > axis else None
     return None

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from mb_torch.backend import Step, StepSpec
 from mb_torch.errors import InvalidInput
-from mb_torch.targets import batch_length, check_targets_may_be_shared, loss_accepts, targets_are_shared
+from mb_torch.targets import batch_length, check_targets_may_be_shared, loss_accepts, of_first_model, targets_are_shared
+from mb_torch.trees import leaves_of
 
 if TYPE_CHECKING:
     from mb_torch.core import ModelBatch
@@ -128,7 +128,7 @@ class TrainStep:
     def _decide_shared(self, inputs: Any, targets: Any) -> bool:
         if self._shared_targets is not None:
             return self._shared_targets
-        shapes = tuple(getattr(leaf, "shape", None) for leaf in pytree.tree_leaves((inputs, targets)))
+        shapes = tuple(getattr(leaf, "shape", None) for leaf in leaves_of((inputs, targets)))
         if shapes not in self._decided:
             self._decided[shapes] = targets_are_shared(
                 targets,
@@ -142,7 +142,7 @@ class TrainStep:
         """Ask the loss itself, on outputs of a copy of model 0."""
         batch = self._batches[0]
         if not self._spec.shared_input:
-            inputs = pytree.tree_map(lambda leaf: leaf[0] if isinstance(leaf, Tensor) else leaf, inputs)
+            inputs = of_first_model(inputs)
         with torch.no_grad(), torch.random.fork_rng():
             outputs = batch.model(0)(inputs)
         first_args = {name: value[0] for name, value in self._spec.loss_args.items()}

@@ -1,15 +1,16 @@
 """Rules that ``torch.vmap`` lacks for single operations, beside those that layers.py closes for whole layers.
 
 Without a rule vmap runs an operation model by model (and warns of it) or refuses. The rules are registered once for
-the process, and only where torch has none: nothing that works is replaced (the exception, embedding, is wrong in
-torch). They are of two kinds: an operation written in terms of others that vmap knows, and an operation with a row
-axis whose rows from all models are run as one long batch.
+the process, and only where torch has none: nothing that works is replaced (the exceptions: embedding, which is wrong in
+torch, and linear, which is slow). They are of two kinds: an operation written in terms of others that vmap knows, and
+an operation with a row axis whose rows from all models are run as one long batch.
 
 Source: "Writing batching rules", https://github.com/pytorch/pytorch/blob/main/aten/src/ATen/functorch.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +20,8 @@ from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_functorch_interpreter
 from torch.utils import _pytree as pytree
+
+from mb_torch.vmap.linear import StackedLinear
 
 _KEY = "FuncTorchBatched"
 _registry = torch.library.Library("aten", "IMPL")
@@ -242,10 +245,43 @@ def _look_up(
         return _functorch._add_batch_dim(rows, 0, level)
 
 
+def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`StackedLinear` in eager passes, else what torch does."""
+    stacked = None if torch.compiler.is_compiling() else _linear_of_stacks(inputs, weight, bias)
+    if stacked is not None:
+        return stacked
+    if bias is None:
+        return torch.matmul(inputs, weight.t())
+    return torch.addmm(bias, inputs, weight.t()) if inputs.dim() == 2 else torch.matmul(inputs, weight.t()) + bias
+
+
+def _linear_of_stacks(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The result where each model has a weight (and a bias) of its own and only one vmap is in force; else None."""
+    if mapped_models() is None or inputs.dim() == 0 or weight.dim() != 2:
+        return None
+    interpreter = retrieve_current_functorch_interpreter()
+    level = interpreter.level()
+    rows, rows_axis = _functorch._unwrap_batched(inputs, level)
+    weights, weight_axis = _functorch._unwrap_batched(weight, level)
+    biases, bias_axis = (None, 0) if bias is None else _functorch._unwrap_batched(bias, level)
+    if weight_axis is None or bias_axis is None:
+        return None
+    with interpreter.lower():
+        rows = rows if rows_axis is None else rows.movedim(rows_axis, 0)
+        own = () if rows_axis is None else rows.shape[:1]
+        rows = rows.reshape(*own, math.prod(inputs.shape[:-1]), rows.shape[-1])
+        own_bias = None if biases is None else biases.movedim(bias_axis, 0)
+        outputs: Tensor = StackedLinear.apply(rows, weights.movedim(weight_axis, 0), own_bias)
+        outputs = outputs.view(len(outputs), *inputs.shape[:-1], weight.shape[0])
+        return _functorch._add_batch_dim(outputs, 0, level)
+
+
 with warnings.catch_warnings():
     # torch warns of every rule that replaces one of its own.
     warnings.simplefilter("ignore")
     _registry.impl("embedding", _look_up, _KEY, allow_override=True)
+    # torch takes linear apart at this key, before vmap sees it.
+    _registry.impl("linear", _linear, "FuncTorchDynamicLayerFrontMode", allow_override=True)
 
 
 def _split_mask(mask: Tensor | None, rows: int) -> tuple[Tensor | None, Tensor | None]:

@@ -50,18 +50,24 @@ def add_product_(xs: Tensors, ys: Tensors, zs: Tensors, factor: Rows) -> None:
 
 def add_quotient_(xs: Tensors, ys: Tensors, zs: Tensors, factor: Rows) -> None:
     """`x += factor * (y / z)`."""
-    # Not addcdiv, which multiplies before it divides and so rounds otherwise than rows do.
+    # Not addcdiv, which rounds otherwise with a float than with rows.
     add_scaled_(xs, torch._foreach_div(ys, zs), factor)
 
 
 def lerp_(xs: Tensors, ys: Tensors, weight: Rows) -> None:
     """`x += weight * (y - x)`."""
-    if isinstance(weight, float) or xs[0].dtype == weight[0].dtype:
+    if isinstance(weight, float):
         torch._foreach_lerp_(xs, ys, weight)
-        return
-    # torch.lerp does not promote, and rows are float32 where stacks are half precision.
-    for x, y, row in zip(xs, ys, weight, strict=True):
-        x.copy_(x.to(row.dtype).lerp_(y.to(row.dtype), row))
+    elif xs[0].dtype != weight[0].dtype:
+        # torch.lerp does not promote, and rows are float32 where stacks are half precision.
+        for x, y, row in zip(xs, ys, weight, strict=True):
+            x.copy_(x.to(row.dtype).lerp_(y.to(row.dtype), row))
+    elif torch.compiler.is_compiling():
+        # The compiler joins this with what comes before and after, the list form not.
+        for x, y, row in zip(xs, ys, weight, strict=True):
+            x.lerp_(y, row)
+    else:
+        torch._foreach_lerp_(xs, ys, weight)
 
 
 def copy_(xs: Tensors, ys: Tensors) -> None:
@@ -81,7 +87,7 @@ def power(base: Value, exponent: Value) -> Value:
         base = torch.full_like(exponent, base)  # type: ignore[arg-type]
     elif isinstance(exponent, float):
         exponent = torch.full_like(base, exponent)
-    if torch.compiler.is_compiling() or base.device.type != "cpu":
+    if base.device.type != "cpu":
         return torch.pow(base, exponent)
     return torch.from_numpy(np.power(base.numpy(), exponent.numpy()))  # type: ignore[union-attr]
 
@@ -131,6 +137,10 @@ class Bucket:
         self.row_dtype = like.dtype if full else torch.float32
         alone = models is None and like.shape[0] == 1
         self.takes_floats = alone or (full and like.device.type == "cpu")
+
+    def is_contiguous(self) -> bool:
+        """Whether every tensor lies in memory without gaps or another order of axes."""
+        return all(tensor.is_contiguous() for tensor in (*self.grads, *self.tensors()))
 
     def spread(self, values: Tensor) -> Tensors:
         """``[num_models]`` as one view ``[num_models, 1, ...]`` for each stack."""

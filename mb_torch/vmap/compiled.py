@@ -7,10 +7,9 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from mb_torch.errors import Unsupported
+from mb_torch.vmap.arguments import Arguments
 from mb_torch.vmap.definition import Definition
 from mb_torch.vmap.mapping import ModelMap, Trace
 
@@ -33,17 +32,19 @@ class CompiledFunction(Generic[T]):
     def __init__(self, models: ModelMap, function: Callable[..., Any], options: dict[str, Any]) -> None:
         self._models = models
         self._function = torch.compile(function, **options)
-        self._known: dict[Any, tuple[Trace, T]] = {}
+        self._known: list[tuple[Any, Trace, T]] = []
 
-    def ready(self, trees: tuple[Any, ...], dry_run: Callable[[], T]) -> T:
+    def ready(self, arguments: Arguments, dry_run: Callable[[], T]) -> T:
         """Set the map's trace for these arguments; return what ``dry_run`` returned when their form was new."""
-        form = _form(self._models.definitions, trees)
-        if form not in self._known:
-            with _unchanged(self._models.definitions):
-                result = dry_run()
-            assert self._models.trace is not None
-            self._known[form] = self._models.trace, result
-        self._models.trace, result = self._known[form]
+        form = (arguments.form, [definition.modes() for definition in self._models.definitions])
+        for known, trace, result in self._known:
+            if known == form:
+                self._models.trace = trace
+                return result
+        with _unchanged(self._models.definitions):
+            result = dry_run()
+        assert self._models.trace is not None
+        self._known.append((form, self._models.trace, result))
         return result
 
     def __call__(self, *args: Any) -> Any:
@@ -66,13 +67,6 @@ def _is_compiler_failure(error: Exception) -> bool:
     exceptions = importlib.import_module("torch._dynamo.exc")
     # A runtime error under trace is one of the model.
     return isinstance(error, exceptions.TorchDynamoException) and not isinstance(error, exceptions.TorchRuntimeError)
-
-
-def _form(definitions: list[Definition], trees: tuple[Any, ...]) -> Any:
-    leaves, structure = pytree.tree_flatten(trees)
-    constants = tuple(repr(leaf) if not isinstance(leaf, Tensor) else leaf.dim() for leaf in leaves)
-    modes = tuple(module.training for definition in definitions for module in definition.prototype.modules())
-    return str(structure), constants, modes
 
 
 class _unchanged:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from mb_torch.clipping import clip_gradients_
+from mb_torch.vmap.arguments import Arguments
 from mb_torch.vmap.autocast import honoured_autocast
 from mb_torch.vmap.compiled import CompiledFunction
 from mb_torch.vmap.mapping import ModelMap, randomness, split_leaves
+from mb_torch.vmap.optim import StackedOptimizer
 from mb_torch.vmap.update_rules import UpdateInputs, apply_updates
-from mb_torch.vmap.views import PerModelOptimizer
 
 Place = tuple[int, int]
 """A trained stack: which definition, and its position among that definition's tensors."""
@@ -26,7 +27,7 @@ class Job(NamedTuple):
         stacks: All stacks ``[size, ...]``, per definition.
         keys: Random keys ``[size]``, or None.
         trees: Arguments of the loss.
-        dims: What `batch_dims` gives for them.
+        dims: The ``in_dims`` of vmap for their leaves.
         size: How many models there are.
         scale: Factor of each model's loss ``[size]`` for the backward pass, or None.
     """
@@ -65,16 +66,17 @@ class CompiledStep:
         self._training: CompiledFunction[list[bool]] = CompiledFunction(models, self._train, options)
 
     def gradients(
-        self, job: Job, places: Sequence[Place], dry_run: Callable[[], list[bool]]
+        self, job: Job, arguments: Arguments, places: Sequence[Place], dry_run: Callable[[], list[bool]]
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
         """Return outputs, replaced buffers and for each place its gradient, None where it takes no part.
 
         Args:
             job: What to work on.
+            arguments: Those of the loss, once more.
             places: The trained stacks.
             dry_run: Says for each place whether it gets a gradient; called once per form of the arguments.
         """
-        present = self._gradients.ready(job.trees, dry_run)
+        present = self._gradients.ready(arguments, dry_run)
         used = _chosen(places, present)
         plain = [[stack.detach() for stack in own] for own in job.stacks]
         result: Result = self._gradients(job._replace(stacks=plain), used)
@@ -88,8 +90,9 @@ class CompiledStep:
     def train(
         self,
         job: Job,
+        arguments: Arguments,
         places: Sequence[Place],
-        optimizers: Sequence[PerModelOptimizer | None],
+        optimizers: Sequence[StackedOptimizer | None],
         clip_norm: float | Tensor | None,
         active: Tensor | None,
         dry_run: Callable[[], list[bool]],
@@ -98,27 +101,31 @@ class CompiledStep:
 
         Args:
             job: What to work on; the stacks are updated.
+            arguments: Those of the loss, once more.
             places: The trained stacks, in the order of the optimizers'.
-            optimizers: One per definition, or None; all of them compilable.
+            optimizers: One per definition, or None.
             clip_norm: As in `mb_torch.make_joint_step`.
             active: As there.
             dry_run: As in `gradients`.
         """
-        present = self._training.ready(job.trees, dry_run)
+        present = self._training.ready(arguments, dry_run)
         used = _chosen(places, present)
         takes_part = dict(zip(places, present, strict=True))
         updates = [
-            optimizer.update_inputs([takes_part[place] for place in places if place[0] == definition])  # type: ignore[attr-defined]
-            for definition, optimizer in enumerate(optimizers)
+            (optimizer, optimizer.begin_update([takes_part[place] for place in places if place[0] == index], active))
+            for index, optimizer in enumerate(optimizers)
             if optimizer is not None
         ]
+        inputs = [pending.inputs for _, pending in updates]
         # The very tensors of the updates: the compiler would copy aliases of inputs that it changes.
         plain = [[stack.detach() for stack in own] for own in job.stacks]
-        params = (param for inputs in updates for param in inputs.params)
+        params = (param for own in inputs for param in own.params)
         for (definition, position), param in zip(used, params, strict=True):
             plain[definition][position] = param
         bound = None if clip_norm is None else torch.as_tensor(clip_norm, device=plain[0][0].device)
-        result: Result = self._training(job._replace(stacks=plain), used, updates, bound, active)
+        result: Result = self._training(job._replace(stacks=plain), used, inputs, bound, active)
+        for optimizer, pending in updates:
+            optimizer.finish_update(pending)
         return result.outputs, result.replaced
 
     def _train(
@@ -141,8 +148,7 @@ class CompiledStep:
                 inputs.params,
                 grads,
                 inputs.state,
-                inputs.clocks,
-                inputs.hyper,
+                inputs.numbers,
                 active,
             )
         return result._replace(grads=[])

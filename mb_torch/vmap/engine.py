@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from mb_torch.backend import Backend, BatchSpec, Capabilities, Step, StepSpec
 from mb_torch.errors import InvalidInput
-from mb_torch.routed import strip
+from mb_torch.vmap.arguments import Arguments
 from mb_torch.vmap.compiled import CompiledFunction
 from mb_torch.vmap.definition import Definition
-from mb_torch.vmap.mapping import Fallback, ModelMap, batch_dims, check_loss, own_copies
+from mb_torch.vmap.host_memory import keep_freed_memory
+from mb_torch.vmap.mapping import Fallback, ModelMap, check_loss, with_model_axis
 from mb_torch.vmap.optim import make_optimizer
 from mb_torch.vmap.parts import Plan, plan_parts
 from mb_torch.vmap.rng import make_keys
@@ -39,6 +40,7 @@ class VmapBackend:
         self._prepare()
 
     def _prepare(self) -> None:
+        keep_freed_memory()
         self.definition = Definition(self.spec.prototype, self.spec.state)
         self._models = ModelMap([self.definition], _call_model)
         self._fallback = Fallback([self.definition])
@@ -65,60 +67,52 @@ class VmapBackend:
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, per_model: bool) -> Any:
         """Run all models; every tensor leaf has a leading model axis if ``per_model``."""
-        trees, flags = (args, kwargs), (per_model, per_model)
-        plan = plan_parts(self.spec.num_models, self.spec.chunk_size, args, kwargs)
+        trees = (*args, kwargs)
+        arguments = Arguments(trees, (per_model,) * len(trees))
+        plan = plan_parts(self.spec.num_models, self.spec.chunk_size, arguments)
         stacks, keys = self.definition.stacks(), self.keys()
         if plan is None:
-            outputs = self._run(stacks, keys, strip(trees), flags)
+            outputs = self._run(stacks, keys, arguments.plain())
         else:
-            outputs = self._run_parts(plan, stacks, keys, trees, flags)
+            outputs = self._run_parts(plan, stacks, keys, arguments)
         trace = self._models.trace
         assert trace is not None
         if trace.drew and self.spec.streams is not None:
             self.spec.streams.advance()
         return trace.packing.unpack(outputs)
 
-    def _run_parts(
-        self,
-        plan: Plan,
-        stacks: list[Tensor],
-        keys: Tensor | None,
-        trees: tuple[Any, ...],
-        flags: tuple[bool, ...],
-    ) -> list[Tensor]:
+    def _run_parts(self, plan: Plan, stacks: list[Tensor], keys: Tensor | None, arguments: Arguments) -> list[Tensor]:
         own = plan.split(stacks)
-        part_trees = zip(*(plan.split_tree(tree, flag) for tree, flag in zip(trees, flags, strict=True)), strict=True)
-        outputs = [
-            self._run(stacks, key, own_copies(trees, flags), flags)
-            for stacks, key, trees in zip(own, plan.split_vector(keys), part_trees, strict=True)
-        ]
+        shares = zip(own, plan.split_vector(keys), plan.split_arguments(arguments), strict=True)
+        outputs = [self._run(stacks, key, share.own_copies(only_shared=True)) for stacks, key, share in shares]
         first_buffer = self.definition.num_parameters
         plan.write_back(stacks[first_buffer:], [part[first_buffer:] for part in own])
         return plan.join(outputs)
 
-    def _run(
-        self, stacks: list[Tensor], keys: Tensor | None, trees: tuple[Any, ...], flags: tuple[bool, ...]
-    ) -> list[Tensor]:
+    def _run(self, stacks: list[Tensor], keys: Tensor | None, arguments: Arguments) -> list[Tensor]:
         """Run the models of the given stacks, and keep what they did to their buffers."""
         size = stacks[0].shape[0] if stacks else self.spec.num_models
 
-        def at_once(trees: tuple[Any, ...]) -> tuple[list[Tensor], list[Tensor]]:
+        def at_once(arguments: Arguments) -> tuple[list[Tensor], list[Tensor]]:
             if not self.vectorises:
-                return self._models.directly([stacks], keys, trees, flags)
-            dims = batch_dims(trees, flags)
+                own = [stack.squeeze(0) for stack in stacks]
+                outputs, replaced = self._models.directly([own], keys, arguments)
+                return with_model_axis(outputs), with_model_axis(replaced)
             with self._models.batchable():
                 if self.compile_options is None:
-                    return self._models.at_once([stacks], keys, trees, dims, size)
+                    return self._models.at_once([stacks], keys, arguments.trees, arguments.dims, size)
                 if self._compiled is None:
                     self._compiled = CompiledFunction(self._models, self._models.at_once, self.compile_options)
+
+                def dry_run() -> None:
+                    self._models.at_once([stacks], keys, arguments.own_copies().trees, arguments.dims, size)
+
                 with torch.no_grad():
-                    self._compiled.ready(
-                        trees, lambda: self._models.at_once([stacks], keys, own_copies(trees), dims, size)
-                    )
-                return self._compiled([stacks], keys, trees, dims, size)
+                    self._compiled.ready(arguments, dry_run)
+                return self._compiled([stacks], keys, arguments.trees, arguments.dims, size)
 
         outputs, replaced = self._fallback.run(
-            at_once, lambda trees: self._models.one_by_one([stacks], keys, trees, flags), trees
+            at_once, lambda arguments: self._models.one_by_one([stacks], keys, arguments), arguments
         )
         assert self._models.trace is not None
         for position, value in zip(self._models.trace.replaced[0], replaced, strict=True):
@@ -129,21 +123,21 @@ class VmapBackend:
         """Evaluate one loss per model, ``[num_models]``, each on its real rows only."""
         models = ModelMap([], lambda outputs, targets: check_loss(loss_fn(outputs, targets)))
         fallback = self._loss_fallback(loss_fn)
-        flags = (True, not shared_targets)
+        arguments = Arguments((outputs, targets), (True, not shared_targets))
 
-        def run(trees: tuple[Any, ...], size: int) -> list[Tensor]:
-            def at_once(trees: tuple[Any, ...]) -> list[Tensor]:
+        def run(arguments: Arguments, size: int) -> list[Tensor]:
+            def at_once(arguments: Arguments) -> list[Tensor]:
                 if self.spec.num_models == 1:
-                    return models.directly([], None, trees, flags)[0]
-                return models.at_once([], None, trees, batch_dims(trees, flags), size)[0]
+                    return with_model_axis(models.directly([], None, arguments)[0])
+                return models.at_once([], None, arguments.trees, arguments.dims, size)[0]
 
-            return fallback.run(at_once, lambda trees: models.one_by_one([], None, trees, flags)[0], trees)
+            return fallback.run(at_once, lambda arguments: models.one_by_one([], None, arguments)[0], arguments)
 
-        plan = plan_parts(self.spec.num_models, None, outputs, targets)
+        plan = plan_parts(self.spec.num_models, None, arguments)
         if plan is None:
-            return run(strip((outputs, targets)), self.spec.num_models)[0]
-        parts = zip(plan.split_tree(outputs, True), plan.split_tree(targets, not shared_targets), strict=True)
-        return plan.join([run(trees, size) for trees, size in zip(parts, plan.sizes, strict=True)])[0]
+            return run(arguments.plain(), self.spec.num_models)[0]
+        parts = zip(plan.split_arguments(arguments), plan.sizes, strict=True)
+        return plan.join([run(share, size) for share, size in parts])[0]
 
     def _loss_fallback(self, loss_fn: Callable[..., Tensor]) -> Fallback:
         try:
@@ -186,5 +180,6 @@ class VmapBackend:
         }
 
 
-def _call_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _call_model(model: nn.Module, *trees: Any) -> Any:
+    *args, kwargs = trees
     return model(*args, **kwargs)

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mb_torch.errors import InvalidInput, ModelBatchError, Unsupported
+from mb_torch.trees import put_together, take_apart
+from mb_torch.vmap.arguments import Arguments
 from mb_torch.vmap.autocast import honoured_autocast
 from mb_torch.vmap.definition import Definition, is_tensor
 from mb_torch.vmap.rng import seeded
@@ -25,14 +27,14 @@ _CONSTANTS = (type(None), bool, int, float, str, bytes, enum.Enum, torch.dtype, 
 class Packing(NamedTuple):
     """How a pytree was taken apart: its structure and, for each leaf, the leaf itself if it is no tensor."""
 
-    structure: pytree.TreeSpec
+    structure: pytree.TreeSpec | None
     constants: list[Any]
 
     def unpack(self, tensors: Sequence[Tensor]) -> Any:
         """Put a pytree together again from its tensors."""
         remaining = iter(tensors)
         leaves = [next(remaining) if constant is _TENSOR else constant for constant in self.constants]
-        return pytree.tree_unflatten(leaves, self.structure)
+        return put_together(leaves, self.structure)
 
 
 _TENSOR = object()
@@ -44,7 +46,7 @@ def pack(tree: Any) -> tuple[list[Tensor], Packing]:
     Raises:
         Unsupported: A leaf is an object that may hide tensors.
     """
-    leaves, structure = pytree.tree_flatten(tree)
+    leaves, structure = take_apart(tree)
     for leaf in leaves:
         if not isinstance(leaf, (Tensor, *_CONSTANTS)):
             raise Unsupported(
@@ -129,10 +131,10 @@ class ModelMap:
         tensors: list[list[Tensor]],
         keys: Tensor | None,
         trees: tuple[Any, ...],
-        dims: tuple[Any, ...],
+        dims: tuple[int | None, ...],
         size: int,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Run all models in one vectorised pass; ``dims`` as `batch_dims` gives them."""
+        """Run all models in one vectorised pass; ``dims`` as `Arguments` gives them."""
         mapped, with_mapped = split_leaves(trees, dims)
 
         def one(
@@ -151,49 +153,36 @@ class ModelMap:
         return nullcontext() if keys is None else self.batchable()
 
     def directly(
-        self,
-        tensors: list[list[Tensor]],
-        keys: Tensor | None,
-        trees: tuple[Any, ...],
-        per_model: Sequence[bool],
+        self, tensors: list[list[Tensor]], keys: Tensor | None, arguments: Arguments
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Run the only model without vmap, as plain PyTorch would."""
-        own = [[tensor.squeeze(0) for tensor in stacks] for stacks in tensors]
+        """Run the only model without vmap, as plain PyTorch would; ``tensors`` and results have no model axis."""
         with self._drawing(keys):
-            outputs, replaced = self.one(own, None if keys is None else keys[0], model_trees(trees, per_model, 0))
-        return [o.unsqueeze(0) for o in outputs], [r.unsqueeze(0) for r in replaced]
+            return self.one(tensors, None if keys is None else keys[0], arguments.of_model(0))
 
     def one_by_one(
-        self,
-        tensors: list[list[Tensor]],
-        keys: Tensor | None,
-        trees: tuple[Any, ...],
-        per_model: Sequence[bool],
+        self, tensors: list[list[Tensor]], keys: Tensor | None, arguments: Arguments
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Run the models one after another; slow, but what runs alone runs here."""
         unstacked = [[tensor.unbind(0) for tensor in stacks] for stacks in tensors]
+        size = next((len(stacks[0]) for stacks in tensors if stacks), None) or arguments.num_models
         results = []
-        for index in range(_size(tensors, trees, per_model)):
+        for index in range(size):
             own = [[column[index] for column in columns] for columns in unstacked]
             key = None if keys is None else keys[index]
             with self._drawing(keys):
-                shares = own_copies(model_trees(trees, per_model, index))
+                shares = arguments.own_copies().of_model(index)
                 results.append((*self.one(own, key, shares), self.trace))
         return _stack(results)
+
+
+def with_model_axis(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of a single model as stacks of one."""
+    return [tensor.unsqueeze(0) for tensor in tensors]
 
 
 def randomness(keys: Tensor | None) -> str:
     """How vmap treats torch's own generator: as one stream for all models, or as an error if they have their own."""
     return "different" if keys is None else "error"
-
-
-def batch_dims(trees: tuple[Any, ...], per_model: Sequence[bool]) -> tuple[int | None, ...]:
-    """The ``in_dims`` of vmap for each leaf: 0 for every tensor of a per-model tree, None for everything else."""
-    return tuple(
-        0 if mapped and is_tensor(leaf) else None
-        for tree, mapped in zip(trees, per_model, strict=True)
-        for leaf in pytree.tree_leaves(tree)
-    )
 
 
 def split_leaves(
@@ -214,23 +203,6 @@ def split_leaves(
         return pytree.tree_unflatten(chosen, structure)
 
     return [leaf for leaf, dim in zip(leaves, dims, strict=True) if dim is not None], with_mapped
-
-
-def own_copies(trees: tuple[Any, ...], per_model: Sequence[bool] = ()) -> tuple[Any, ...]:
-    """Copy the tensors of the shared trees (of all trees if it is not said which): a model may change its inputs."""
-    flags = per_model or [False] * len(trees)
-    return tuple(
-        tree if mapped else pytree.tree_map(lambda leaf: leaf.clone() if is_tensor(leaf) else leaf, tree)
-        for tree, mapped in zip(trees, flags, strict=True)
-    )
-
-
-def model_trees(trees: tuple[Any, ...], per_model: Sequence[bool], index: int) -> tuple[Any, ...]:
-    """One model's share of each tree."""
-    return tuple(
-        pytree.tree_map(lambda leaf: leaf[index] if is_tensor(leaf) else leaf, tree) if mapped else tree
-        for tree, mapped in zip(trees, per_model, strict=True)
-    )
 
 
 class Fallback:
@@ -257,20 +229,20 @@ class Fallback:
 
     def run(
         self,
-        at_once: Callable[[tuple[Any, ...]], T],
-        one_by_one: Callable[[tuple[Any, ...]], T],
-        trees: tuple[Any, ...],
+        at_once: Callable[[Arguments], T],
+        one_by_one: Callable[[Arguments], T],
+        arguments: Arguments,
     ) -> T:
-        """Return what ``at_once`` makes of the trees or, where vmap cannot, ``one_by_one``, with a warning."""
+        """Return what ``at_once`` makes of the arguments or, where vmap cannot, ``one_by_one``, with a warning."""
         if self.one_by_one:
-            return one_by_one(trees)
+            return one_by_one(arguments)
         # A pass that fails half-way has already updated some buffers and may have changed its inputs.
         buffers = [buffer for definition in self.definitions for buffer in definition.buffers()]
         saved = [buffer.clone() for buffer in buffers] if self._training else []
         proven = self._training in self._proven
-        versions = _versions(trees)
+        versions = arguments.versions()
         try:
-            result = at_once(trees if proven else own_copies(trees))
+            result = at_once(arguments if proven else arguments.own_copies())
             self._proven.add(self._training)
             return result
         except (ModelBatchError, torch.OutOfMemoryError):
@@ -278,12 +250,12 @@ class Fallback:
             raise
         except Exception as caught:  # torch.func has no error class of its own
             _put_back(buffers, saved)
-            if _versions(trees) != versions:
+            if arguments.versions() != versions:
                 raise
             error = caught
         try:
             # An error of the model itself is raised here, as plain PyTorch words it.
-            result = one_by_one(trees)
+            result = one_by_one(arguments)
         except Exception:
             _put_back(buffers, saved)
             raise
@@ -329,23 +301,9 @@ def check_loss(loss: Any) -> Tensor:
     )
 
 
-def _versions(trees: tuple[Any, ...]) -> list[int]:
-    """Counts that grow when a tensor is changed in place; inference tensors have none."""
-    leaves = pytree.tree_leaves(trees)
-    return [leaf._version for leaf in leaves if is_tensor(leaf) and not leaf.is_inference()]
-
-
 def _put_back(buffers: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
     for buffer, value in zip(buffers, saved, strict=bool(saved)):
         buffer.copy_(value)
-
-
-def _size(tensors: list[list[Tensor]], trees: tuple[Any, ...], per_model: Sequence[bool]) -> int:
-    for stacks in tensors:
-        if stacks:
-            return stacks[0].shape[0]
-    mapped = [tree for tree, flag in zip(trees, per_model, strict=True) if flag]
-    return next(leaf.shape[0] for leaf in pytree.tree_leaves(mapped) if is_tensor(leaf))
 
 
 def _stack(

@@ -119,6 +119,18 @@ class _Piece(NamedTuple):
         return Bucket(self.params, own, self.state, self.models)
 
 
+class PendingUpdate(NamedTuple):
+    """A compiled step of an optimizer before it has run.
+
+    Attributes:
+        inputs: What `apply_updates` needs.
+        clocks: Counters after the step, by the index of the clock.
+    """
+
+    inputs: UpdateInputs
+    clocks: dict[int, list[Value]]
+
+
 class _Hyper(NamedTuple):
     """The hyper-parameters of one step."""
 
@@ -143,8 +155,6 @@ class StackedOptimizer(PerModelOptimizer):
         num_models: How many models there are.
     """
 
-    compilable = True
-
     def __init__(self, rule: Rule, singles: Sequence[Optimizer], stacks: Sequence[Stack], num_models: int) -> None:
         self.rule = rule
         self._options_of = itemgetter(*rule.numbers, *rule.switches)
@@ -162,7 +172,7 @@ class StackedOptimizer(PerModelOptimizer):
     def _forget(self) -> None:
         """Drop what is derived from groups, clocks and storage."""
         self._hyper: _Hyper | None = None
-        self._compiled_hyper: tuple[_Hyper, dict[str, Tensor]] | None = None
+        self._number_tensors: dict[tuple[int, str], tuple[float, Tensor]] = {}
         self._plans: dict[Any, list[tuple[int, list[_Piece]]]] = {}
 
     @property
@@ -187,39 +197,65 @@ class StackedOptimizer(PerModelOptimizer):
         hyper = self._read_groups()
         clocks = self._stacked_state.clocks
         for index, pieces in self._pieces(tuple(grad is not None for grad in grads), hyper.flags):
-            clock, numbers = advanced(self.rule, clocks[index], hyper.values, hyper.flags, ticking)
-            for piece in pieces:
-                update_bucket(self.rule, piece.with_grads(grads), numbers, hyper.flags, active, look=look)
-            clocks[index] = clock
+            buckets = [piece.with_grads(grads) for piece in pieces]
+            if active is None and self._fits_kernel(buckets):
+                clocks[index] = self.rule.advance(clocks[index], hyper.values, hyper.flags)
+                for bucket in buckets:
+                    self.rule.update_by_kernel(bucket, clocks[index], hyper.values, hyper.flags)
+                continue
+            clocks[index], numbers = advanced(self.rule, clocks[index], hyper.values, hyper.flags, ticking)
+            for bucket in buckets:
+                update_bucket(self.rule, bucket, numbers, hyper.flags, active, look=look)
 
-    def update_inputs(self, present: Sequence[bool] | None = None) -> UpdateInputs:
-        """Return what `apply_updates` needs for one step inside ``torch.compile``.
+    def _fits_kernel(self, buckets: Sequence[Bucket]) -> bool:
+        # torch's kernels read any memory as if it were contiguous.
+        return self.num_models == 1 and self.rule.has_kernel and all(bucket.is_contiguous() for bucket in buckets)
 
-        Call it before every step: it reads the parameter groups, and counts as an update. The tensors in it
-        are the optimizer's own, so that eager and compiled steps can follow each other.
+    def begin_update(self, present: Sequence[bool] | None = None, active: Tensor | None = None) -> PendingUpdate:
+        """Return one step as inputs of a compiled function that calls `apply_updates`.
+
+        Call it before every step: it reads the parameter groups. The tensors in it are the optimizer's own, so that
+        eager and compiled steps can follow each other. Nothing changes before `finish_update`.
 
         Args:
             present: Which of `stacks` get a gradient. Default: all.
+            active: Which models to update, bool ``[num_models]``. Default: all.
         """
         self.follow_stacks()
-        self.updates_done += 1
+        stacked, hyper = self._stacked_state, self._read_groups()
         chosen = tuple(present) if present is not None else (True,) * len(self._stacks)
-        hyper = self._read_groups()
+        stacked.split_clocks(chosen)
         positions = [position for position, wanted in enumerate(chosen) if wanted]
         names = self.rule.state_names(hyper.flags)
-        state = {name: [self._stacked_state.tensor(name, position) for position in positions] for name in names}
-        self._stacked_state.split_clocks(chosen)
-        used = sorted({self._stacked_state.clock_of[position] for position in positions})
-        clocks = [self._stacked_state.clock_tensors(index) for index in used]
-        if self._compiled_hyper is None or self._compiled_hyper[0] is not hyper:
-            tensors = {name: self._stacked_state.on_device(column) for name, column in hyper.columns.items()}
-            self._compiled_hyper = (hyper, tensors)
+        state = {name: [stacked.tensor(name, position) for position in positions] for name in names}
+        used = sorted({stacked.clock_of[position] for position in positions})
+        ticking = None if active is None else active.to(self._device)
+        clocks, numbers = {}, []
+        for index in used:
+            clocks[index], own = advanced(self.rule, stacked.clocks[index], hyper.values, hyper.flags, ticking)
+            numbers.append({name: self._as_tensor((index, name), value) for name, value in own.items()})
         static = Static(
-            tuple(sorted(hyper.flags.items())),
-            tuple(used.index(self._stacked_state.clock_of[k]) for k in positions),
+            tuple(sorted(hyper.flags.items())), tuple(used.index(stacked.clock_of[position]) for position in positions)
         )
         params = [self._stacks[position].parameter.detach() for position in positions]
-        return UpdateInputs(self.rule, static, params, state, clocks, self._compiled_hyper[1])
+        return PendingUpdate(UpdateInputs(self.rule, static, params, state, numbers), clocks)
+
+    def finish_update(self, pending: PendingUpdate) -> None:
+        """Count an update whose compiled function has run."""
+        for index, clock in pending.clocks.items():
+            self._stacked_state.clocks[index] = clock
+        self.updates_done += 1
+
+    def _as_tensor(self, key: tuple[int, str], value: Value) -> Tensor:
+        """A number of every model ``[num_models]``; most of them are what they were in the step before."""
+        if isinstance(value, Tensor):
+            return value
+        seen = self._number_tensors.get(key)
+        if seen is None or seen[0] != value:
+            dtype = torch.bool if isinstance(value, bool) else torch.float64
+            seen = value, torch.full((self.num_models,), value, dtype=dtype, device=self._device)
+            self._number_tensors[key] = seen
+        return seen[1]
 
     def _read_groups(self) -> _Hyper:
         """The groups' hyper-parameters as they are now; recomputed only where they changed."""
@@ -426,7 +462,7 @@ class StackedOptimizer(PerModelOptimizer):
                     )
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = ("_hyper", "_compiled_hyper", "_plans")
+        derived = ("_hyper", "_number_tensors", "_plans")
         return {key: value for key, value in super().__getstate__().items() if key not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -73,15 +73,6 @@ class StackedState:
         host = self.num_models == 1 or self.stacks[0].parameter.device.type == "cpu"
         return values[0] if host and values.count(values[0]) == len(values) else self.on_device(values)
 
-    def clock_tensors(self, index: int) -> list[Tensor]:
-        """Return the counters of a clock as tensors ``[num_models]``, which from now on are the clock."""
-        tensors = [
-            value if isinstance(value, Tensor) else self.on_device([value] * self.num_models)
-            for value in self.clocks[index]
-        ]
-        self.clocks[index] = list(tensors)
-        return tensors
-
     def split_clocks(self, present: Sequence[bool]) -> None:
         """Give stacks that are skipped a clock of their own."""
         if all(present):

@@ -5,15 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from mb_torch.errors import InvalidInput
-from mb_torch.routed import RoutedTensor, rows_of, strip
-from mb_torch.vmap.definition import is_tensor
+from mb_torch.routed import RoutedTensor, plain
+from mb_torch.vmap.arguments import Arguments
 
 
 @dataclass(frozen=True)
@@ -43,21 +41,19 @@ class Plan:
         """Each part's share of one value per model ``[num_models]``, or of nothing."""
         return [None] * len(self.sizes) if values is None else list(self._ordered(values).split(self.sizes))
 
-    def split_tree(self, tree: Any, per_model: bool) -> list[Any]:
-        """Each part's share of a pytree; of routed tensors only the real rows."""
-        if not per_model:
-            return [strip(tree)] * len(self.sizes)
-        leaves, structure = pytree.tree_flatten(tree)
-        columns = [self._split_leaf(leaf) if is_tensor(leaf) else [leaf] * len(self.sizes) for leaf in leaves]
-        return [pytree.tree_unflatten(list(part), structure) for part in zip(*columns, strict=True)] or [
-            tree for _ in self.sizes
+    def split_arguments(self, arguments: Arguments) -> list[Arguments]:
+        """Each part's share of what has a model axis, of routed tensors only the real rows; all of the rest."""
+        columns = [
+            self._split_leaf(leaf) if mapped else [plain(leaf)] * len(self.sizes)
+            for leaf, mapped in zip(arguments.leaves, arguments.mapped, strict=True)
         ]
+        return [arguments.with_leaves([column[part] for column in columns]) for part in range(len(self.sizes))]
 
     def _split_leaf(self, leaf: Tensor) -> list[Tensor]:
+        pieces = self._ordered(plain(leaf)).split(self.sizes)
         if isinstance(leaf, RoutedTensor) and self.padded_rows is not None:
-            pieces = self._ordered(leaf.plain()).split(self.sizes)
             return [piece[:, :rows] for piece, rows in zip(pieces, self.rows, strict=True)]
-        return list(self._ordered(strip(leaf)).split(self.sizes))
+        return list(pieces)
 
     def join(self, parts: Sequence[Sequence[Tensor]], *, row_wise: bool = True) -> list[Tensor]:
         """Put the parts' tensors together; models that did not run get zeros.
@@ -98,7 +94,7 @@ class Plan:
         return tensor if self.order is None else tensor.index_select(0, self.order.to(tensor.device))
 
 
-def plan_parts(num_models: int, chunk_size: int | None, *trees: Any) -> Plan | None:
+def plan_parts(num_models: int, chunk_size: int | None, arguments: Arguments) -> Plan | None:
     """Decide which models run together; None if all do.
 
     Models with different numbers of real rows never share a part, so no padded row is ever computed with: whatever
@@ -107,13 +103,10 @@ def plan_parts(num_models: int, chunk_size: int | None, *trees: Any) -> Plan | N
     Args:
         num_models: How many models there are.
         chunk_size: At most so many run together; None is no bound.
-        *trees: What the models get; routed tensors among the leaves tell the real rows.
+        arguments: What the models get; routed tensors among them tell the real rows.
     """
     limit = chunk_size or num_models
-    rows = rows_of(*trees)
-    padded_rows = max(
-        (leaf.shape[1] for leaf in pytree.tree_leaves(trees) if isinstance(leaf, RoutedTensor)), default=0
-    )
+    rows, padded_rows = arguments.rows, arguments.padded_rows
     if rows is None or all(count == padded_rows for count in rows):
         sizes = _pieces(num_models, limit)
         return None if len(sizes) == 1 else Plan(num_models, None, sizes, [None] * len(sizes))

@@ -17,10 +17,11 @@ from mb_torch.amp import GradScaler
 from mb_torch.backend import StepSpec
 from mb_torch.clipping import clip_gradients_, rows
 from mb_torch.errors import InvalidInput, Unsupported
-from mb_torch.routed import rows_of, strip
+from mb_torch.vmap.arguments import Arguments
 from mb_torch.vmap.compiled_step import CompiledStep, Job, Place
 from mb_torch.vmap.definition import Definition
-from mb_torch.vmap.mapping import Fallback, ModelMap, batch_dims, check_loss, own_copies
+from mb_torch.vmap.mapping import Fallback, ModelMap, check_loss, with_model_axis
+from mb_torch.vmap.optim import StackedOptimizer
 from mb_torch.vmap.parts import Plan, plan_parts
 from mb_torch.vmap.views import PerModelOptimizer
 
@@ -49,22 +50,22 @@ class FusedStep:
 
     def __call__(self, inputs: Any, targets: Any, *, shared_targets: bool) -> tuple[Tensor, Any]:
         """Run one step; return the losses ``[num_models]`` and the loss's aux."""
-        row_counts = rows_of(inputs, targets)
-        active = self._active(row_counts)
+        arguments = Arguments(
+            (inputs, targets, self.spec.loss_args), (not self.spec.shared_input, not shared_targets, True)
+        )
+        active = self._active(arguments.rows)
         saved = None if active is None else [[b.clone() for b in d.buffers()] for d in self._models.definitions]
-        trees = (inputs, targets, dict(self.spec.loss_args))
-        flags = (not self.spec.shared_input, not shared_targets, True)
-        plan = plan_parts(self.num_models, self._chunk_size(), inputs, targets)
+        plan = plan_parts(self.num_models, self._chunk_size(), arguments)
         keys = self._keys()
         scale = self._loss_scale()
         with torch.enable_grad():
             if plan is None and self._compiles_updates():
-                outputs = self._train_compiled(keys, strip(trees), flags, active)
+                outputs = self._train_compiled(keys, arguments.plain(), active)
                 grads = None
             elif plan is None:
-                outputs, grads = self._differentiate(self._stacks(), keys, strip(trees), flags, scale)
+                outputs, grads = self._differentiate(self._stacks(), keys, arguments.plain(), scale)
             else:
-                outputs, grads = self._differentiate_parts(plan, keys, trees, flags, scale)
+                outputs, grads = self._differentiate_parts(plan, keys, arguments, scale)
         if active is not None and saved is not None:
             self._keep_frozen_buffers(saved, active)
         trace = self._models.trace
@@ -73,8 +74,8 @@ class FusedStep:
             self._advance_streams(active)
         if grads is not None:
             self._accumulate(grads, active)
-        losses, aux = trace.packing.unpack([output.detach() for output in outputs])
-        return losses, aux
+        result = trace.packing.unpack([output.detach() for output in outputs])
+        return result if self.spec.aux else (result, None)
 
     def run(self, batches: Sequence[tuple[Any, Any]], *, shared_targets: bool) -> tuple[Tensor, Any]:
         """Run one step per batch."""
@@ -89,11 +90,11 @@ class FusedStep:
             assert grads is not None
             self._update(grads, active)
 
-    def _loss_of_one_model(self, *args: Any) -> tuple[Tensor, Any]:
+    def _loss_of_one_model(self, *args: Any) -> Tensor | tuple[Tensor, Any]:
         *models, inputs, targets, loss_args = args
         result = self.spec.loss_fn(*models, inputs, targets, **loss_args, **self.spec.shared_args)
         if not self.spec.aux:
-            return check_loss(result), None
+            return check_loss(result)
         if not isinstance(result, tuple) or len(result) != 2:
             raise InvalidInput("loss_fn with aux=True", received=type(result).__name__, expected="(loss, aux)")
         return check_loss(result[0]), result[1]
@@ -137,35 +138,45 @@ class FusedStep:
         self,
         stacks: list[list[Tensor]],
         keys: Tensor | None,
-        trees: tuple[Any, ...],
-        flags: tuple[bool, ...],
+        arguments: Arguments,
         scale: Tensor | None,
     ) -> tuple[list[Tensor], Gradients]:
         """Outputs (the losses first) of the models of the given stacks, and the gradient of each trained one."""
         size = next((stack.shape[0] for own in stacks for stack in own), self.num_models)
 
-        def at_once(trees: tuple[Any, ...]) -> tuple[list[Tensor], Gradients]:
+        def at_once(arguments: Arguments) -> tuple[list[Tensor], Gradients]:
             compiled = self._compiled_step()
             if compiled is None and not any(backend.vectorises for backend in self.backends):
-                return finish(*self._models.directly(stacks, keys, trees, flags))
-            dims = batch_dims(trees, flags)
+                return self._differentiate_single(stacks, keys, arguments, scale)
             with self._models.batchable():
                 if compiled is None:
-                    return finish(*self._models.at_once(stacks, keys, trees, dims, size))
-                job = Job(stacks, keys, trees, dims, size, scale)
-                outputs, replaced, grads = compiled.gradients(job, _places(stacks), self._dry_run(job))
+                    return finish(*self._models.at_once(stacks, keys, arguments.trees, arguments.dims, size))
+                job = Job(stacks, keys, arguments.trees, arguments.dims, size, scale)
+                outputs, replaced, grads = compiled.gradients(
+                    job, arguments, _places(stacks), self._dry_run(job, arguments)
+                )
             self._keep_replaced(stacks, replaced)
             return outputs, grads
 
-        def one_by_one(trees: tuple[Any, ...]) -> tuple[list[Tensor], Gradients]:
-            return finish(*self._models.one_by_one(stacks, keys, trees, flags))
+        def one_by_one(arguments: Arguments) -> tuple[list[Tensor], Gradients]:
+            return finish(*self._models.one_by_one(stacks, keys, arguments))
 
         def finish(outputs: list[Tensor], replaced: list[Tensor]) -> tuple[list[Tensor], Gradients]:
             grads = self._backward(outputs[0], stacks, scale)
             self._keep_replaced(stacks, replaced)
             return outputs, grads
 
-        return self._fallback.run(at_once, one_by_one, trees)
+        return self._fallback.run(at_once, one_by_one, arguments)
+
+    def _differentiate_single(
+        self, stacks: list[list[Tensor]], keys: Tensor | None, arguments: Arguments, scale: Tensor | None
+    ) -> tuple[list[Tensor], Gradients]:
+        """As plain PyTorch would: with respect to leaves without a model axis, not through views of the stacks."""
+        own = [[stack.detach()[0].requires_grad_(stack.requires_grad) for stack in tensors] for tensors in stacks]
+        outputs, replaced = self._models.directly(own, keys, arguments)
+        grads = self._backward(outputs[0], own, None if scale is None else scale[0])
+        self._keep_replaced(stacks, with_model_axis(replaced))
+        return with_model_axis(outputs), [None if grad is None else grad.unsqueeze(0) for grad in grads]
 
     def _backward(self, losses: Tensor, stacks: list[list[Tensor]], scale: Tensor | None) -> Gradients:
         trained = [stack for own in stacks for stack in own if stack.requires_grad]
@@ -174,7 +185,8 @@ class FusedStep:
         scaled = losses if scale is None else losses * scale
         # The backward pass of an operation runs in the type that autocast chose for its forward pass.
         with torch.autocast(losses.device.type, enabled=False):
-            return list(torch.autograd.grad(scaled, trained, torch.ones_like(scaled), allow_unused=True))
+            ones = torch.ones_like(scaled) if scaled.dim() else None
+            return list(torch.autograd.grad(scaled, trained, ones, allow_unused=True))
 
     def _loss_scale(self) -> Tensor | None:
         """Factors of the losses ``[num_models]`` that the scaler asks for, or None."""
@@ -205,39 +217,38 @@ class FusedStep:
             )
         )
 
-    def _train_compiled(
-        self, keys: Tensor | None, trees: tuple[Any, ...], flags: tuple[bool, ...], active: Tensor | None
-    ) -> list[Tensor]:
+    def _train_compiled(self, keys: Tensor | None, arguments: Arguments, active: Tensor | None) -> list[Tensor]:
         compiled = self._compiled_step()
         assert compiled is not None
         stacks = self._stacks()
 
-        def at_once(trees: tuple[Any, ...]) -> list[Tensor]:
-            job = Job(stacks, keys, trees, batch_dims(trees, flags), self.num_models, None)
+        def at_once(arguments: Arguments) -> list[Tensor]:
+            job = Job(stacks, keys, arguments.trees, arguments.dims, self.num_models, None)
             with self._models.batchable():
                 outputs, replaced = compiled.train(
                     job,
+                    arguments,
                     _places(stacks),
                     self.spec.optimizers,  # type: ignore[arg-type]
                     self.spec.clip_norm,
                     active,
-                    self._dry_run(job),
+                    self._dry_run(job, arguments),
                 )
             self._keep_replaced(stacks, replaced)
             return outputs
 
-        def one_by_one(trees: tuple[Any, ...]) -> list[Tensor]:
-            outputs, grads = self._differentiate(stacks, keys, trees, flags, None)
+        def one_by_one(arguments: Arguments) -> list[Tensor]:
+            outputs, grads = self._differentiate(stacks, keys, arguments, None)
             self._update(grads, active)
             return outputs
 
-        return self._fallback.run(at_once, one_by_one, trees)
+        return self._fallback.run(at_once, one_by_one, arguments)
 
-    def _dry_run(self, job: Job) -> Callable[[], list[bool]]:
+    def _dry_run(self, job: Job, arguments: Arguments) -> Callable[[], list[bool]]:
         """A step without consequences; says which trained stacks get a gradient."""
 
         def run() -> list[bool]:
-            trees = own_copies(job.trees)
+            trees = arguments.own_copies().trees
             outputs, _ = self._models.at_once(job.stacks, job.keys, trees, job.dims, job.size)
             return [grad is not None for grad in self._backward(outputs[0], job.stacks, job.scale)]
 
@@ -254,25 +265,21 @@ class FusedStep:
         self,
         plan: Plan,
         keys: Tensor | None,
-        trees: tuple[Any, ...],
-        flags: tuple[bool, ...],
+        arguments: Arguments,
         scale: Tensor | None,
     ) -> tuple[list[Tensor], Gradients]:
         """Part by part, so that only one part's activations exist at a time."""
         stacks = self._stacks()
         shares = [plan.split([stack.detach() for stack in own]) for own in stacks]
         part_keys, part_scales = plan.split_vector(keys), plan.split_vector(scale)
-        part_trees = list(
-            zip(*(plan.split_tree(tree, flag) for tree, flag in zip(trees, flags, strict=True)), strict=True)
-        )
         outputs, grads = [], []
-        for part in range(len(plan.sizes)):
+        for part, part_arguments in enumerate(plan.split_arguments(arguments)):
             own = [
                 [t.requires_grad_() if s.requires_grad else t for t, s in zip(share[part], all_, strict=True)]
                 for share, all_ in zip(shares, stacks, strict=True)
             ]
             part_outputs, part_grads = self._differentiate(
-                own, part_keys[part], own_copies(part_trees[part], flags), flags, part_scales[part]
+                own, part_keys[part], part_arguments.own_copies(only_shared=True), part_scales[part]
             )
             outputs.append([output.detach() for output in part_outputs])
             grads.append(part_grads)
@@ -362,8 +369,8 @@ def _apply(optimizer: torch.optim.Optimizer, parameters: list[Tensor], grads: Gr
 
 
 def _updates_exactly(optimizer: torch.optim.Optimizer, trained: list[Tensor]) -> bool:
-    """Whether the optimizer has compilable updates of these stacks and no others."""
-    if not isinstance(optimizer, PerModelOptimizer) or not optimizer.compilable:
+    """Whether the optimizer can update in a compiled function, and updates these stacks and no others."""
+    if not isinstance(optimizer, StackedOptimizer):
         return False
     return list(map(id, optimizer.stacks.values())) == list(map(id, trained))
 

@@ -52,6 +52,7 @@ class Rule:
         always: State tensors that every update needs.
         optional: Other state tensors, each with the key of the group that says whether a model needs it.
         initial: State tensors that do not start at zero, each with the key of the group that says where.
+        has_kernel: Whether torch has the whole update as one kernel, for `update_by_kernel`.
     """
 
     numbers: ClassVar[tuple[str, ...]] = ("lr", "weight_decay")
@@ -62,6 +63,7 @@ class Rule:
     always: ClassVar[tuple[str, ...]] = ()
     optional: ClassVar[Mapping[str, str]] = {}
     initial: ClassVar[Mapping[str, str]] = {}
+    has_kernel: ClassVar[bool] = False
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -99,6 +101,16 @@ class Rule:
 
     def update(self, bucket: Bucket, numbers: Mapping[str, Any], flags: Mapping[str, bool]) -> None:
         """Change the parameters and the state of a bucket."""
+        raise NotImplementedError
+
+    def update_by_kernel(
+        self, bucket: Bucket, clock: Sequence[Value], hyper: Mapping[str, Any], flags: Mapping[str, bool]
+    ) -> None:
+        """Do the same for a single model, with contiguous tensors, from the advanced counters.
+
+        Such a kernel takes one learning rate and rounds otherwise than `update`: among several models, a change of one
+        model's learning rate would change the others' last bits.
+        """
         raise NotImplementedError
 
 
@@ -170,6 +182,7 @@ class _Adam(Rule):
     switches = ("amsgrad", "maximize", "decoupled_weight_decay")
     always = ("exp_avg", "exp_avg_sq")
     optional: ClassVar[Mapping[str, str]] = {"max_exp_avg_sq": "amsgrad"}
+    has_kernel = True
 
     def coefficients(
         self, clock: Sequence[Value], hyper: Mapping[str, Value], flags: Mapping[str, bool]
@@ -192,6 +205,27 @@ class _Adam(Rule):
         add_(scale, bucket.rows(numbers["eps"]))
         _shrink(bucket, numbers, flags)
         add_quotient_(bucket.params, first, scale, bucket.rows(numbers["size"]))
+
+    def update_by_kernel(
+        self, bucket: Bucket, clock: Sequence[Value], hyper: Mapping[str, Any], flags: Mapping[str, bool]
+    ) -> None:
+        kernel = torch._fused_adamw_ if flags["decoupled_weight_decay"] else torch._fused_adam_
+        step = torch.full((), float(clock[0]), dtype=torch.float32, device=bucket.params[0].device)
+        kernel(
+            bucket.params,
+            bucket.grads,
+            bucket.state["exp_avg"],
+            bucket.state["exp_avg_sq"],
+            bucket.state["max_exp_avg_sq"] if flags["amsgrad"] else [],
+            [step] * len(bucket.params),
+            lr=hyper["lr"],
+            beta1=hyper["beta1"],
+            beta2=hyper["beta2"],
+            weight_decay=hyper["weight_decay"],
+            eps=hyper["eps"],
+            amsgrad=flags["amsgrad"],
+            maximize=flags["maximize"],
+        )
 
 
 def _moment_numbers(hyper: Mapping[str, Value], flags: Mapping[str, bool]) -> dict[str, Value]:
@@ -488,7 +522,7 @@ class Static(NamedTuple):
 
 
 class UpdateInputs(NamedTuple):
-    """All that `apply_updates` needs beside gradients; it writes to `params`, `state` and `clocks`."""
+    """All that `apply_updates` needs beside gradients; it writes to `params` and `state`."""
 
     rule: Rule
     static: Static
@@ -496,10 +530,11 @@ class UpdateInputs(NamedTuple):
     """Stacks ``[num_models, ...]`` that get a gradient."""
     state: dict[str, list[Tensor]]
     """State tensors by name, aligned with `params`."""
-    clocks: list[list[Tensor]]
-    """Counters, each float64 ``[num_models]``."""
-    hyper: dict[str, Tensor]
-    """Hyper-parameters, each float64 ``[num_models]``."""
+    numbers: list[dict[str, Tensor]]
+    """For each set of counters the step's coefficients, each ``[num_models]``.
+
+    Not computed by the compiled function: the compiler would work out the powers anew for every few elements.
+    """
 
 
 def advanced(
@@ -568,13 +603,12 @@ def apply_updates(
     params: list[Tensor],
     grads: Sequence[Tensor],
     state: Mapping[str, list[Tensor]],
-    clocks: Sequence[Sequence[Tensor]],
-    hyper: Mapping[str, Tensor],
+    numbers: Sequence[Mapping[str, Tensor]],
     active: Tensor | None = None,
 ) -> None:
     """One optimizer step as in-place tensor operations on what it is passed, for use inside `torch.compile`.
 
-    `StackedOptimizer.update_inputs()` gives everything but the last two. Nothing is read on the host and no
+    `StackedOptimizer.begin_update()` gives everything but the gradients. Nothing is read on the host and no
     hyper-parameter is a constant of the graph, so that a schedule compiles nothing new.
 
     Args:
@@ -583,23 +617,22 @@ def apply_updates(
         params: Stacks ``[num_models, ...]``.
         grads: Their gradients, aligned with `params`.
         state: State tensors by name, aligned with `params`.
-        clocks: Counters, float64 ``[num_models]`` each.
-        hyper: Hyper-parameters, float64 ``[num_models]`` each.
+        numbers: Coefficients, ``[num_models]`` each.
         active: Which models may change, bool ``[num_models]``; None for all.
 
     Example:
         >>> from mb_torch.vmap.optim import make_optimizer
         >>> weight = torch.nn.Parameter(torch.ones(2, 3))
         >>> optimizer = make_optimizer(torch.optim.SGD, [{"lr": 0.1}, {"lr": 0.5}], {"weight": weight}, 2)
-        >>> inputs = optimizer.update_inputs()
-        >>> rule, static, params, state, clocks, hyper = inputs
-        >>> apply_updates(rule, static, params, [torch.ones(2, 3)], state, clocks, hyper)
+        >>> pending = optimizer.begin_update()
+        >>> rule, static, params, state, numbers = pending.inputs
+        >>> apply_updates(rule, static, params, [torch.ones(2, 3)], state, numbers)
+        >>> optimizer.finish_update(pending)
         >>> weight[:, 0].tolist()
         [0.8999999761581421, 0.5]
     """
     flags = dict(static.flags)
-    for index, clock in enumerate(clocks):
-        ticked, numbers = advanced(rule, clock, hyper, flags, active)
+    for index, own_numbers in enumerate(numbers):
         by_dtype: dict[torch.dtype, list[int]] = {}
         for position, owner in enumerate(static.clock_of):
             if owner == index:
@@ -610,6 +643,4 @@ def apply_updates(
                 as_real([grads[k] for k in positions]),
                 {name: as_real([tensors[k] for k in positions]) for name, tensors in state.items()},
             )
-            update_bucket(rule, bucket, numbers, flags, active)
-        for old, new in zip(clock, ticked, strict=True):
-            old.copy_(new)  # type: ignore[arg-type]
+            update_bucket(rule, bucket, own_numbers, flags, active)

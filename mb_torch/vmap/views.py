@@ -31,11 +31,9 @@ class PerModelOptimizer(torch.optim.Optimizer):
 
     Attributes:
         num_models: How many models there are.
-        compilable: Whether `StackedOptimizer.update_inputs` exists.
         updates_done: Counts the updates.
     """
 
-    compilable = False
     # A stock GradScaler then leaves unscaling and skipping to `step`, through `grad_scale` and `found_inf`.
     _step_supports_amp_scaling = True
 

@@ -745,8 +745,8 @@ def test_compiled_updates_are_the_same_and_compile_once(name: str, graphs: list[
 
     @torch.compile(backend=count, fullgraph=True)
     def compiled(inputs: UpdateInputs, grads: list[Tensor], active: Tensor) -> None:
-        rule, static, params, state, clocks, hyper = inputs
-        apply_updates(rule, static, params, grads, state, clocks, hyper, active)
+        rule, static, params, state, numbers = inputs
+        apply_updates(rule, static, params, grads, state, numbers, active)
 
     batch, optimizer = make(name)
     other, same = make(name)
@@ -759,13 +759,15 @@ def test_compiled_updates_are_the_same_and_compile_once(name: str, graphs: list[
         if step == 4:  # eager and compiled steps can follow each other
             same.update(grads_of(other, step), active)
         else:
-            compiled(same.update_inputs(), grads_of(other, step), active)
+            pending = same.begin_update(active=active)
+            compiled(pending.inputs, grads_of(other, step), active)
+            same.finish_update(pending)
     assert len(graphs) == 1
     assert_close(other.values(), batch.values(), atol=1e-12, rtol=1e-12)
     assert_close(same.state_dict(), optimizer.state_dict(), atol=1e-12, rtol=1e-12)
 
 
-def test_update_inputs_for_some_parameters() -> None:
+def test_compilable_update_of_some_parameters() -> None:
     batch, optimizer = make("Adam-all")
     other, same = make("Adam-all")
     train(batch, optimizer, 0)
@@ -775,10 +777,12 @@ def test_update_inputs_for_some_parameters() -> None:
         present = [True, step != 2, True]
         kept = [grad if wanted else None for grad, wanted in zip(grads, present, strict=True)]
         optimizer.update(kept)
-        rule, static, params, state, clocks, hyper = same.update_inputs(present)
+        pending = same.begin_update(present)
+        rule, static, params, state, numbers = pending.inputs
         others = [grad for grad, wanted in zip(grads_of(other, step), present, strict=True) if wanted]
         with torch.no_grad():
-            apply_updates(rule, static, params, others, state, clocks, hyper)  # type: ignore[arg-type]
+            apply_updates(rule, static, params, others, state, numbers)  # type: ignore[arg-type]
+        same.finish_update(pending)
     assert_close(same.state_dict(), optimizer.state_dict(), atol=1e-12, rtol=1e-12)
     assert {float(entry["step"]) for entry in same.state_dict()["state"].values()} == {3.0, 4.0}
     train(batch, optimizer, 4)
@@ -796,11 +800,6 @@ def test_numbers_keep_their_digits_in_half_precision() -> None:
         lerp_(value, [torch.zeros(2, 3, dtype=torch.bfloat16)], [torch.tensor([[rate], [rate]])])
         expected = torch.ones(2, 3, dtype=torch.bfloat16).lerp_(torch.zeros(2, 3, dtype=torch.bfloat16), rate)
         assert_equal(value[0], expected)
-
-
-def test_only_stacked_updates_can_be_compiled() -> None:
-    assert make("Adam-all")[1].compilable
-    assert not make("ASGD")[1].compilable
 
 
 # Choice of the way ---------------------------------------------------------------------------------------------------

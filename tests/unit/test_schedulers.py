@@ -293,7 +293,8 @@ def test_warning_about_the_order_of_steps(kind: str) -> None:
 def test_a_fused_update_counts_as_a_step() -> None:
     batch = StandInBatch(make_optimizer)
     optimizer: Any = batch.make_optimizer(optim.SGD, [{"lr": lr} for lr in LRS])
-    for update in (lambda: optimizer.update([None] * 3), optimizer.update_inputs):
+    compiled = lambda: optimizer.finish_update(optimizer.begin_update())  # noqa: E731
+    for update in (lambda: optimizer.update([None] * 3), compiled):
         (scheduler, *_) = create_lr_scheduler(optimizer, schedules.StepLR, [{"step_size": 1}] * 3)
         update()
         with warnings.catch_warnings():
