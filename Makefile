@@ -8,9 +8,8 @@ BIN := $(VENV)/bin
 # One process a core and one thread a process: the tests run many small tensors.
 WORKERS ?= auto
 ARGS ?=
-PYTEST := $(BIN)/python -m pytest --numprocesses=$(WORKERS) --maxprocesses=8
+PYTEST := env OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) --maxprocesses=8
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt
-test test-long: export OMP_NUM_THREADS = 1
 
 # $(call stage,name,command): runs the command, prints how long it took, keeps its exit status.
 stage = @start=$$(date +%s); $(2); status=$$?; echo "== $(1): $$(( $$(date +%s) - start )) s"; exit $$status

@@ -790,6 +790,39 @@ def test_compilable_update_of_some_parameters() -> None:
     assert_close(other.values(), batch.values(), atol=1e-12, rtol=1e-12)
 
 
+def test_a_compilable_update_that_fails_changes_nothing() -> None:
+    batch, optimizer = make("Adam-all")
+    train(batch, optimizer, 0)
+    before = optimizer.state_dict()
+    optimizer.begin_update()
+    assert_equal(optimizer.state_dict(), before)
+
+
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True, "weight_decay": 0.1}, {"maximize": True}], ids=str)
+@pytest.mark.parametrize("optimizer_cls", [optim.Adam, optim.AdamW])
+def test_a_single_model_takes_gradients_of_any_layout(optimizer_cls: Any, options: dict[str, Any]) -> None:
+    """torch's fused kernels read a transposed gradient as if it were contiguous."""
+    start = torch.randn(1, 4, 3, dtype=torch.float64)
+    stack, plain = nn.Parameter(start.clone()), nn.Parameter(start[0].clone())
+    optimizer: Any = make_optimizer(optimizer_cls, [options], {"weight": stack}, 1)
+    alone = optimizer_cls([plain], **options)
+    for step in range(4):
+        gradient = torch.randn(1, 3, 4, dtype=torch.float64).mT
+        stack.grad = gradient if step % 2 else gradient.contiguous()
+        plain.grad = gradient[0].clone()
+        optimizer.step()
+        alone.step()
+    assert_close(stack[0], plain, atol=1e-12, rtol=1e-12)
+    assert_close(optimizer.model_state_dict(0), alone.state_dict(), atol=1e-12, rtol=1e-12)
+
+
+def test_a_single_frozen_model_stays() -> None:
+    stack = nn.Parameter(torch.ones(1, 3))
+    optimizer: Any = make_optimizer(optim.Adam, [{}], {"weight": stack}, 1)
+    optimizer.update([torch.ones(1, 3)], torch.tensor([False]))
+    assert_equal(stack.detach(), torch.ones(1, 3))
+
+
 def test_numbers_keep_their_digits_in_half_precision() -> None:
     """In bfloat16 a decay of 0.999 would be 1."""
     bucket = Bucket([torch.zeros(2, 3, dtype=torch.bfloat16)], [], {})
