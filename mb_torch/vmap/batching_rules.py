@@ -115,6 +115,26 @@ def _weight_norm_backward(grad: Tensor, v: Tensor, g: Tensor, norms: Tensor, dim
     return (g / norms) * (grad - v * (along / norms)), along
 
 
+@_rule("_native_batch_norm_legit_no_training")
+def _normalise_by_running_statistics(
+    input: Tensor,  # noqa: A002 - the name in the schema
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # The compiler's form of batch_norm in evaluation; the last two results are the statistics of the batch.
+    def along(channels: Tensor) -> Tensor:
+        return channels.view(-1, *[1] * (input.dim() - 2))
+
+    scale = torch.rsqrt(running_var + eps)
+    outputs = (input - along(running_mean)) * along(scale if weight is None else scale * weight)
+    none = input.new_zeros(0)
+    return (outputs if bias is None else outputs + along(bias)), none, none
+
+
 def _places(batch_sizes: list[int]) -> tuple[Tensor, Tensor]:
     """The time step and the row of each entry of a packed sequence."""
     sizes = torch.tensor(batch_sizes)

@@ -74,7 +74,9 @@ class Definition:
                     refused.append(leaf)
                 else:
                     replaced[position] = current
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            self._leftovers.reset()
+        else:
             self._leftovers.forget()
         if refused:
             raise Unsupported(f"forward() replaced or removed {refused}; only buffers may be replaced, by tensors")

@@ -1,0 +1,40 @@
+"""Every module of the zoo trained by a compiled step: it ends where the loop ends, or says that it cannot be compiled."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from mb_torch import ModelBatch
+from tests.compare import assert_close
+from tests.parity.loop import as_tree, train_alone
+from tests.parity.test_zoo import batches_of, deterministic, loss_of, models_of, train_fused
+from tests.zoo import Case
+
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")]
+
+
+@pytest.fixture(autouse=True)
+def _empty_cache() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+# Compiled or not, these run as a loop; the first two because packing reads the lengths.
+LOOPING = {"lstm_packed_inside", "gru_packed_inside", "lp_pool2d"}
+
+
+# "aot_eager" traces forward, backward and update as the default compiler does, without generating code.
+@pytest.mark.parametrize("case", [case for case in deterministic if case.name != "buffers_only"], ids=repr)
+def test_compiled_training_equals_the_loop(case: Case) -> None:
+    models, batches = models_of(case), batches_of(case)
+    mb = ModelBatch(models)
+    mb.enable_compile(backend="aot_eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if case.loops or case.name in LOOPING else "error")
+        received = train_fused(mb, batches)
+    assert_close(as_tree(received), as_tree(train_alone(models, batches, loss_of)))
