@@ -22,11 +22,12 @@ from mb_torch.state import (
     StackedState,
     load_model_states,
     materialise,
+    meta_copy,
     model_states,
     select_models,
 )
 from mb_torch.targets import batch_length, check_targets_may_be_shared, loss_accepts, of_first_model, targets_are_shared
-from mb_torch.train_step import TrainStep, make_joint_step
+from mb_torch.train_step import PlainLoss, TrainStep, make_joint_step
 
 _LEFT_OUT: Any = object()
 
@@ -61,7 +62,8 @@ class ModelBatch(nn.Module):
         prototype: The definition of the models, on the meta device. Changes to its settings (and ``train()`` or
             ``eval()`` of its submodules) act on all models.
         streams: Seeds and steps of the models' random streams; None without ``seeds``.
-        latest_losses: Losses of the last `compute_loss`, ``[num_models]``, detached; None before the first.
+        latest_losses: Losses of the last `compute_loss` or training step, ``[num_models]``, detached; None before the
+            first.
 
     Raises:
         InvalidInput: No models, or arguments of the wrong kind.
@@ -338,7 +340,7 @@ class ModelBatch(nn.Module):
         """
         return make_joint_step(
             [self],
-            _PlainLoss(loss_fn),
+            PlainLoss(loss_fn),
             [optimizer],
             loss_args=loss_args,
             shared_args=shared_args,
@@ -438,7 +440,7 @@ class ModelBatch(nn.Module):
                 expected=f"model numbers or a bool mask of length {self.num_models}",
             )
         chosen = torch.tensor([self._index(i) for i in given.tolist()])
-        prototype = materialise(self.prototype, _placeholders(self.prototype))
+        prototype = meta_copy(self.prototype)
         batch = type(self).__new__(type(self))
         streams = None if self.streams is None else self.streams.select(chosen)
         state = select_models(self._spec.state, self.prototype, chosen)
@@ -539,7 +541,15 @@ class ModelBatch(nn.Module):
         return {f"loss_model_{i}": loss for i, loss in enumerate(self.latest_losses.tolist())}
 
     def backend_report(self) -> dict[str, Any]:
-        """Say how the models are run: backend, whether vectorised or one by one and why, compiled or not."""
+        """Say how the models are run: backend, whether vectorised or one by one and why, compiled or not.
+
+        Training steps are listed apart, under ``"steps"``: what `forward` can vectorise their loss may not.
+
+        Example:
+            >>> report = ModelBatch([nn.Linear(4, 2) for _ in range(3)]).backend_report()
+            >>> report["backend"], report["runs"], report["steps"]
+            ('torch', 'vmap', [])
+        """
         return self.backend.report()
 
     def train(self, mode: bool = True) -> ModelBatch:
@@ -559,17 +569,3 @@ class ModelBatch(nn.Module):
             f"{type(self.prototype).__name__}, num_models={self.num_models}, shared_input={self.shared_input}, "
             f"backend={self.backend.name!r}"
         )
-
-
-class _PlainLoss:
-    """A loss of outputs and targets, as a loss that calls the model itself."""
-
-    def __init__(self, plain_loss: Callable[..., Any]) -> None:
-        self.plain_loss = plain_loss
-
-    def __call__(self, model: nn.Module, inputs: Any, targets: Any, **arguments: Any) -> Any:
-        return self.plain_loss(model(inputs), targets, **arguments)
-
-
-def _placeholders(prototype: nn.Module) -> dict[str, Tensor]:
-    return {**dict(prototype.named_parameters()), **dict(prototype.named_buffers())}

@@ -21,7 +21,7 @@ from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from mb_torch.errors import InvalidInput
-from mb_torch.row_tracking import Call, Rows, common_rows, real_rows
+from mb_torch.row_tracking import Call, Rows, real_rows
 from mb_torch.trees import leaves_of
 
 
@@ -142,25 +142,6 @@ def strip(pytree: Any) -> Any:
         'Tensor'
     """
     return tree_map_only(RoutedTensor, RoutedTensor.plain, pytree)
-
-
-def rows_of(*pytrees: Any) -> Rows | None:
-    """Find the real rows of the data in some pytrees (inputs, targets, keyword arguments).
-
-    Args:
-        *pytrees: Any nesting of lists, tuples and dicts; leaves may be of any type.
-
-    Returns:
-        The rows of the `RoutedTensor`s in them, `None` if there is none.
-
-    Raises:
-        InvalidInput: Two of them disagree.
-
-    Example:
-        >>> rows_of(torch.zeros(2, 3), [RoutedTensor(torch.zeros(2, 3), (3, 1))])
-        (3, 1)
-    """
-    return common_rows(routed_leaves(pytrees))
 
 
 def rows_from_weights(weights: Tensor) -> Rows | None:

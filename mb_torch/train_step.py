@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mb_torch.backend import Step, StepSpec
 from mb_torch.errors import InvalidInput
@@ -15,6 +15,17 @@ from mb_torch.trees import leaves_of
 
 if TYPE_CHECKING:
     from mb_torch.core import ModelBatch
+
+
+class PlainLoss:
+    """A loss of outputs and targets, as a loss that calls the model itself."""
+
+    def __init__(self, plain_loss: Callable[..., Any]) -> None:
+        self.plain_loss = plain_loss
+
+    def __call__(self, model: nn.Module, inputs: Any, targets: Any, **arguments: Any) -> Any:
+        """Call the model, then the loss."""
+        return self.plain_loss(model(inputs), targets, **arguments)
 
 
 class TrainStep:
@@ -235,7 +246,9 @@ def make_joint_step(
         shared_input=batches[0].shared_input,
     )
     step = batches[0].backend.make_step(spec, [batch.backend for batch in batches])
-    return TrainStep(batches, spec, step, shared_targets, getattr(loss_fn, "plain_loss", None))
+    return TrainStep(
+        batches, spec, step, shared_targets, loss_fn.plain_loss if isinstance(loss_fn, PlainLoss) else None
+    )
 
 
 def _check_batches(batches: list[ModelBatch], optimizers: list[torch.optim.Optimizer | None]) -> None:

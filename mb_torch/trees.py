@@ -1,7 +1,7 @@
-"""Pytrees, with a short way for what they nearly always are: a tensor, or a few in a tuple or dict.
+"""Pytrees, with a short way for what they nearly always are: a tensor, or a few in a tuple, list or dict.
 
-``torch.utils._pytree`` knows every container, also those that users register, but walking even a single tensor with it
-costs as much as a small layer.
+``torch.utils._pytree`` knows every container, also those that users register, but walking a few tensors with it costs
+as much as a small layer.
 """
 
 from __future__ import annotations

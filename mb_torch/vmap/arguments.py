@@ -11,11 +11,14 @@ from mb_torch.routed import RoutedTensor
 from mb_torch.row_tracking import Rows, common_rows
 from mb_torch.trees import put_together, take_apart
 
+Form = tuple[Any, ...]
+"""All but the values of tensors: structures, numbers of dimensions, other leaves."""
+
 
 class Arguments:
     """Pytrees of tensors, some of which have a leading model axis.
 
-    Walking a pytree costs as much as a small layer; every question about the leaves is answered from one walk.
+    Walking a pytree costs as much as a small layer; questions about the leaves are answered from one walk.
 
     Args:
         trees: The arguments.
@@ -33,30 +36,34 @@ class Arguments:
     """
 
     def __init__(self, trees: Sequence[Any], per_model: Sequence[bool]) -> None:
-        self.leaves: list[Any] = []
-        self.mapped: list[bool] = []
-        self._structures = []
-        self._given: tuple[Any, ...] | None = tuple(trees)
+        leaves, mapped, structures = [], [], []
         for tree, flag in zip(trees, per_model, strict=True):
-            leaves, structure = take_apart(tree)
-            self.leaves += leaves
-            self.mapped += [flag and isinstance(leaf, Tensor) for leaf in leaves]
-            self._structures.append(structure)
-        self._routed = [leaf for leaf in self.leaves if isinstance(leaf, RoutedTensor)]
+            own_leaves, structure = take_apart(tree)
+            leaves += own_leaves
+            mapped += [flag and isinstance(leaf, Tensor) for leaf in own_leaves]
+            structures.append(structure)
+        self._set(leaves, mapped, structures)
+        self._trees: tuple[Any, ...] | None = tuple(trees)
+
+    def _set(self, leaves: list[Any], mapped: list[bool], structures: list[Any]) -> None:
+        self.leaves = leaves
+        self.mapped = mapped
+        self._structures = structures
+        self._routed = [leaf for leaf in leaves if isinstance(leaf, RoutedTensor)]
+        self._trees = None
 
     def with_leaves(self, leaves: Sequence[Any]) -> Arguments:
-        """Return arguments of the same structure; routed tensors must not be among the leaves."""
+        """Return arguments of the same structure."""
         others = object.__new__(Arguments)
-        others.leaves, others.mapped, others._structures = list(leaves), self.mapped, self._structures
-        others._given, others._routed = None, []
+        others._set(list(leaves), self.mapped, self._structures)
         return others
 
     @property
     def trees(self) -> tuple[Any, ...]:
         """The arguments, put together."""
-        if self._given is None:
-            self._given = self._joined(self.leaves)
-        return self._given
+        if self._trees is None:
+            self._trees = self._joined(self.leaves)
+        return self._trees
 
     def _joined(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
         trees, first = [], 0
@@ -67,8 +74,8 @@ class Arguments:
         return tuple(trees)
 
     @property
-    def form(self) -> tuple[Any, ...]:
-        """All but the values of tensors, for comparison: structures, numbers of dimensions, other leaves."""
+    def form(self) -> Form:
+        """What a compiled function is specialised on, for comparison."""
         constants = [leaf.dim() if isinstance(leaf, Tensor) else repr(leaf) for leaf in self.leaves]
         return self._structures, constants, self.mapped
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mb_torch.vmap.batching_rules import needs_gradient, under_vmap
+from mb_torch.vmap.functorch_state import needs_gradient, under_vmap
 
 
 class BatchableMultiheadAttention(nn.MultiheadAttention):

@@ -10,44 +10,20 @@ Source: "Writing batching rules", https://github.com/pytorch/pytorch/blob/main/a
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
-from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_functorch_interpreter
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.utils import _pytree as pytree
 
-from mb_torch.vmap.linear import StackedLinear
+from mb_torch.vmap.linear import linear
 
 _KEY = "FuncTorchBatched"
 _registry = torch.library.Library("aten", "IMPL")
-
-
-def under_vmap() -> bool:
-    """Whether a torch.func transformation is active, so that tensors may stand for all models.
-
-    Example:
-        >>> under_vmap()
-        False
-        >>> seen = []
-        >>> _ = torch.vmap(lambda x: (seen.append(under_vmap()), x)[1])(torch.ones(2))
-        >>> seen
-        [True]
-    """
-    return _functorch.peek_interpreter_stack() is not None
-
-
-def needs_gradient(tensor: Tensor) -> bool:
-    """Whether a gradient flows to a tensor from any level; a batched tensor itself says that none does."""
-    while not tensor.requires_grad:
-        if not _functorch.is_functorch_wrapped_tensor(tensor):
-            return False
-        tensor = _functorch.get_unwrapped(tensor)
-    return True
 
 
 def _rule(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -117,7 +93,7 @@ def _weight_norm_backward(grad: Tensor, v: Tensor, g: Tensor, norms: Tensor, dim
 
 @_rule("_native_batch_norm_legit_no_training")
 def _normalise_by_running_statistics(
-    input: Tensor,  # noqa: A002 - the name in the schema
+    input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     running_mean: Tensor,
@@ -163,44 +139,6 @@ def _unpack(
     padded = padded.index_put((times.to(data.device), rows.to(data.device)), data)
     lengths = torch.bincount(rows, minlength=sizes[0])
     return (padded.transpose(0, 1) if batch_first else padded), lengths
-
-
-def mapped_models() -> int | None:
-    """How many models the one vmap in force runs; None if other transformations are in force as well, or none.
-
-    Example:
-        >>> seen = []
-        >>> _ = torch.vmap(lambda x: (seen.append(mapped_models()), x)[1])(torch.ones(5))
-        >>> seen, mapped_models()
-        ([5], None)
-    """
-    if not under_vmap():
-        return None
-    interpreter = retrieve_current_functorch_interpreter()
-    return interpreter.batch_size() if isinstance(interpreter, VmapInterpreter) and interpreter.level() == 1 else None
-
-
-def each_alone(operation: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Run an operation that vmap cannot batch for one model after another, where `mapped_models` gives a number.
-
-    Args:
-        operation: Takes the tensors of one model and returns tensors.
-        tensors: What it takes.
-
-    Returns:
-        What it returns, as tensors that stand for all models again.
-    """
-    interpreter = retrieve_current_functorch_interpreter()
-    assert isinstance(interpreter, VmapInterpreter)
-    level = interpreter.level()
-    with interpreter.lower():
-        pairs = [_functorch._unwrap_batched(tensor, level) for tensor in tensors]
-        columns = [
-            [tensor] * interpreter.batch_size() if axis is None else tensor.unbind(axis) for tensor, axis in pairs
-        ]
-        results = [operation(*own) for own in zip(*columns, strict=True)]
-        stacked = [torch.stack(parts) for parts in zip(*results, strict=True)]
-        return tuple(_functorch._add_batch_dim(stack, 0, level) for stack in stacked)
 
 
 def _merged(operation: Callable[..., Any], *tensors: Tensor | None) -> Any:
@@ -263,45 +201,6 @@ def _look_up(
         first_rows = torch.arange(num_models, device=places.device).view(-1, *[1] * (places.dim() - 1)) * num_rows
         rows = torch.embedding(table.flatten(0, 1), places + first_rows, -1, scale_grad_by_freq)
         return _functorch._add_batch_dim(rows, 0, level)
-
-
-def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`StackedLinear` in eager passes, else what torch does."""
-    stacked = None if torch.compiler.is_compiling() else _linear_of_stacks(inputs, weight, bias)
-    if stacked is not None:
-        return stacked
-    if bias is None:
-        return torch.matmul(inputs, weight.t())
-    return torch.addmm(bias, inputs, weight.t()) if inputs.dim() == 2 else torch.matmul(inputs, weight.t()) + bias
-
-
-def _linear_of_stacks(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """The result where each model has a weight (and a bias) of its own and only one vmap is in force; else None."""
-    if mapped_models() is None or inputs.dim() == 0 or weight.dim() != 2:
-        return None
-    interpreter = retrieve_current_functorch_interpreter()
-    level = interpreter.level()
-    rows, rows_axis = _functorch._unwrap_batched(inputs, level)
-    weights, weight_axis = _functorch._unwrap_batched(weight, level)
-    biases, bias_axis = (None, 0) if bias is None else _functorch._unwrap_batched(bias, level)
-    if weight_axis is None or bias_axis is None:
-        return None
-    with interpreter.lower():
-        rows = rows if rows_axis is None else rows.movedim(rows_axis, 0)
-        own = () if rows_axis is None else rows.shape[:1]
-        rows = rows.reshape(*own, math.prod(inputs.shape[:-1]), rows.shape[-1])
-        own_bias = None if biases is None else biases.movedim(bias_axis, 0)
-        outputs: Tensor = StackedLinear.apply(rows, weights.movedim(weight_axis, 0), own_bias)
-        outputs = outputs.view(len(outputs), *inputs.shape[:-1], weight.shape[0])
-        return _functorch._add_batch_dim(outputs, 0, level)
-
-
-with warnings.catch_warnings():
-    # torch warns of every rule that replaces one of its own.
-    warnings.simplefilter("ignore")
-    _registry.impl("embedding", _look_up, _KEY, allow_override=True)
-    # torch takes linear apart at this key, before vmap sees it.
-    _registry.impl("linear", _linear, "FuncTorchDynamicLayerFrontMode", allow_override=True)
 
 
 def _split_mask(mask: Tensor | None, rows: int) -> tuple[Tensor | None, Tensor | None]:
@@ -382,3 +281,11 @@ def _pool_fractionally(
         return _merged(run, self, random_samples)
     pooled, indices = _merged(run, self.unsqueeze(0), random_samples)
     return pooled.squeeze(0), indices.squeeze(0)
+
+
+with warnings.catch_warnings():
+    # torch warns of every rule that replaces one of its own.
+    warnings.simplefilter("ignore")
+    _registry.impl("embedding", _look_up, _KEY, allow_override=True)
+    # torch takes linear apart at this key, before vmap sees it.
+    _registry.impl("linear", linear, "FuncTorchDynamicLayerFrontMode", allow_override=True)

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from mb_torch.errors import Unsupported
-from mb_torch.vmap.arguments import Arguments
+from mb_torch.vmap.arguments import Form
 from mb_torch.vmap.definition import Definition
 from mb_torch.vmap.mapping import ModelMap, Trace
 
@@ -34,17 +34,17 @@ class CompiledFunction(Generic[T]):
         self._function = torch.compile(function, **options)
         self._known: list[tuple[Any, Trace, T]] = []
 
-    def ready(self, arguments: Arguments, dry_run: Callable[[], T]) -> T:
+    def ready(self, form: Form, dry_run: Callable[[], T]) -> T:
         """Set the map's trace for these arguments; return what ``dry_run`` returned when their form was new."""
-        form = (arguments.form, [definition.modes() for definition in self._models.definitions])
+        key = (form, [definition.modes() for definition in self._models.definitions])
         for known, trace, result in self._known:
-            if known == form:
+            if known == key:
                 self._models.trace = trace
                 return result
         with _unchanged(self._models.definitions):
             result = dry_run()
         assert self._models.trace is not None
-        self._known.append((form, self._models.trace, result))
+        self._known.append((key, self._models.trace, result))
         return result
 
     def __call__(self, *args: Any) -> Any:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from mb_torch.clipping import clip_gradients_
-from mb_torch.vmap.arguments import Arguments
+from mb_torch.vmap.arguments import Form
 from mb_torch.vmap.autocast import honoured_autocast
 from mb_torch.vmap.compiled import CompiledFunction
 from mb_torch.vmap.mapping import ModelMap, randomness, split_leaves
 from mb_torch.vmap.optim import StackedOptimizer
-from mb_torch.vmap.update_rules import UpdateInputs, apply_updates
+from mb_torch.vmap.updates import UpdateInputs, apply_updates
 
 Place = tuple[int, int]
 """A trained stack: which definition, and its position among that definition's tensors."""
@@ -66,17 +66,17 @@ class CompiledStep:
         self._training: CompiledFunction[list[bool]] = CompiledFunction(models, self._train, options)
 
     def gradients(
-        self, job: Job, arguments: Arguments, places: Sequence[Place], dry_run: Callable[[], list[bool]]
+        self, job: Job, form: Form, dry_run: Callable[[], list[bool]]
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
         """Return outputs, replaced buffers and for each place its gradient, None where it takes no part.
 
         Args:
             job: What to work on.
-            arguments: Those of the loss, once more.
-            places: The trained stacks.
+            form: That of the arguments.
             dry_run: Says for each place whether it gets a gradient; called once per form of the arguments.
         """
-        present = self._gradients.ready(arguments, dry_run)
+        places = _places(job.stacks)
+        present = self._gradients.ready(form, dry_run)
         used = _chosen(places, present)
         plain = [[stack.detach() for stack in own] for own in job.stacks]
         result: Result = self._gradients(job._replace(stacks=plain), used)
@@ -90,8 +90,7 @@ class CompiledStep:
     def train(
         self,
         job: Job,
-        arguments: Arguments,
-        places: Sequence[Place],
+        form: Form,
         optimizers: Sequence[StackedOptimizer | None],
         clip_norm: float | Tensor | None,
         active: Tensor | None,
@@ -101,14 +100,14 @@ class CompiledStep:
 
         Args:
             job: What to work on; the stacks are updated.
-            arguments: Those of the loss, once more.
-            places: The trained stacks, in the order of the optimizers'.
+            form: That of the arguments.
             optimizers: One per definition, or None.
             clip_norm: As in `mb_torch.make_joint_step`.
             active: As there.
             dry_run: As in `gradients`.
         """
-        present = self._training.ready(arguments, dry_run)
+        places = _places(job.stacks)
+        present = self._training.ready(form, dry_run)
         used = _chosen(places, present)
         takes_part = dict(zip(places, present, strict=True))
         updates = [
@@ -141,16 +140,7 @@ class CompiledStep:
             clip_gradients_(result.grads, clip_norm)
         remaining = iter(result.grads)
         for inputs in updates:
-            grads = [next(remaining) for _ in inputs.params]
-            apply_updates(
-                inputs.rule,
-                inputs.static,
-                inputs.params,
-                grads,
-                inputs.state,
-                inputs.numbers,
-                active,
-            )
+            apply_updates(inputs, [next(remaining) for _ in inputs.params], active)
         return result._replace(grads=[])
 
     def _differentiate(self, job: Job, used: tuple[Place, ...]) -> Result:
@@ -179,6 +169,16 @@ class CompiledStep:
         anchor = torch.empty(job.size, 0)
         grads, (_, (outputs, replaced)) = run(trained, job.stacks, job.keys, mapped, job.scale, anchor)
         return Result(outputs, replaced, grads)
+
+
+def _places(stacks: list[list[Tensor]]) -> list[Place]:
+    """Where the trained stacks are."""
+    return [
+        (definition, position)
+        for definition, own in enumerate(stacks)
+        for position, stack in enumerate(own)
+        if stack.requires_grad
+    ]
 
 
 def _chosen(places: Sequence[Place], present: Sequence[bool]) -> tuple[Place, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mb_torch.errors import Unsupported
 from mb_torch.state import StackedState
-from mb_torch.vmap.layers import make_batchable, restore
+from mb_torch.vmap.layers import find_gaps
 from mb_torch.vmap.leftovers import Leftovers
 
 
@@ -43,7 +43,7 @@ class Definition:
         self._placeholders = [table[leaf] for table, leaf, _ in self._slots]
         self._modules = list(prototype.modules())
         self._leftovers = Leftovers(prototype)
-        self._gaps = _gaps(prototype)
+        self._gaps = find_gaps(prototype)
 
     def stacks(self) -> list[Tensor]:
         """The live stacks, parameters first, in the order that `bind` expects."""
@@ -85,13 +85,13 @@ class Definition:
     @contextmanager
     def batchable(self) -> Iterator[None]:
         """Within the block, submodules that vmap cannot run are of classes that it can."""
-        for module, _, batchable_class in self._gaps:
-            module.__class__ = batchable_class
+        for gap in self._gaps:
+            gap.module.__class__ = gap.batchable
         try:
             yield
         finally:
-            for module, plain_class, _ in self._gaps:
-                module.__class__ = plain_class
+            for gap in self._gaps:
+                gap.module.__class__ = gap.plain
 
     def module_name(self, module: nn.Module) -> str | None:
         """The name of a submodule of the prototype, with its class; None if it is not one."""
@@ -99,17 +99,3 @@ class Definition:
             if candidate is module:
                 return f"{name or 'the model'} ({type(module).__name__})"
         return None
-
-
-def _gaps(prototype: nn.Module) -> list[tuple[nn.Module, type[nn.Module], type[nn.Module]]]:
-    """Submodules with their own class and the class to run under vmap, where that is another one."""
-    plain = [(module, type(module)) for module in prototype.modules()]
-    make_batchable(prototype)
-    batchable = [(module, plain_class, type(module)) for module, plain_class in plain]
-    restore(prototype)
-    return [entry for entry in batchable if entry[1] is not entry[2]]
-
-
-def is_tensor(value: object) -> bool:
-    """Whether a pytree leaf is a tensor."""
-    return isinstance(value, torch.Tensor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ class VmapBackend:
         self._fallback = Fallback([self.definition])
         self._loss_fallbacks: WeakKeyDictionary[Callable[..., Any], Fallback] = WeakKeyDictionary()
         self._compiled: CompiledFunction[Any] | None = None
+        self._steps: WeakSet[FusedStep] = WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
         # Compiled functions and look-up tables belong to one object: a copy makes its own.
@@ -108,7 +109,7 @@ class VmapBackend:
                     self._models.at_once([stacks], keys, arguments.own_copies().trees, arguments.dims, size)
 
                 with torch.no_grad():
-                    self._compiled.ready(arguments, dry_run)
+                    self._compiled.ready(arguments.form, dry_run)
                 return self._compiled([stacks], keys, arguments.trees, arguments.dims, size)
 
         outputs, replaced = self._fallback.run(
@@ -161,7 +162,10 @@ class VmapBackend:
         for backend in backends:
             if not isinstance(backend, VmapBackend):
                 raise InvalidInput("a joint step", received=f"a batch on {backend.name!r}", expected="one backend")
-        return FusedStep(spec, backends)  # type: ignore[arg-type]
+        step = FusedStep(spec, backends)  # type: ignore[arg-type]
+        for backend in step.backends:
+            backend._steps.add(step)
+        return step
 
     def enable_compile(self, **kwargs: Any) -> None:
         """Compile the vectorised function from the next call on; ``kwargs`` go to ``torch.compile``."""
@@ -170,14 +174,17 @@ class VmapBackend:
 
     def report(self) -> dict[str, Any]:
         """Say how the models are run, and why one after another if they are."""
-        how = "one by one" if self._fallback.one_by_one else "vmap" if self.vectorises else "plain PyTorch"
         return {
             "backend": self.name,
-            "runs": how,
-            "reason": self._fallback.reason,
+            **self._how(self._fallback),
+            "steps": [self._how(step.fallback) for step in self._steps],
             "compiled": self.compile_options is not None,
             "chunk_size": self.spec.chunk_size,
         }
+
+    def _how(self, fallback: Fallback) -> dict[str, Any]:
+        how = "one by one" if fallback.one_by_one else "vmap" if self.vectorises else "plain PyTorch"
+        return {"runs": how, "reason": fallback.reason}
 
 
 def _call_model(model: nn.Module, *trees: Any) -> Any:

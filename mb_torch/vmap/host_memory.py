@@ -7,7 +7,7 @@ from functools import cache
 import torch
 
 # glibc grows its thresholds with the largest block that was freed, up to 32 MiB.
-_LARGEST_COUNTED = 31 << 20
+_BLOCK_BYTES = 31 << 20
 
 
 @cache
@@ -19,4 +19,5 @@ def keep_freed_memory() -> None:
     thresholds (man 3 mallopt, M_TRIM_THRESHOLD); this one is never written to, so that it takes no memory. Then up to
     62 MiB of freed memory stay with the process. Other allocators are not concerned.
     """
-    torch.empty(_LARGEST_COUNTED, dtype=torch.uint8)
+    # Freed at once, because nothing holds it: that is what raises the thresholds.
+    torch.empty(_BLOCK_BYTES, dtype=torch.uint8)

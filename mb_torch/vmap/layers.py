@@ -21,12 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+import mb_torch.vmap.batching_rules  # noqa: F401  registers the rules, once for the process
 from mb_torch.vmap.attention import (
     BatchableMultiheadAttention,
     BatchableTransformerEncoder,
     BatchableTransformerEncoderLayer,
 )
-from mb_torch.vmap.batching_rules import under_vmap
+from mb_torch.vmap.functorch_state import under_vmap
 from mb_torch.vmap.recurrent import (
     BatchableGRU,
     BatchableGRUCell,
@@ -191,39 +192,6 @@ def find_gaps(module: nn.Module) -> list[Gap]:
         if not isinstance(submodule, _BATCHABLE_CLASSES) and _has_gap(submodule):
             gaps.append(Gap(submodule, plain, _batchable_class(plain)))
     return gaps
-
-
-def make_batchable(module: nn.Module) -> None:
-    """Give every submodule that has a gap a class that vmap can run; `restore` undoes it.
-
-    Args:
-        module: The model; changed in place. Its parameters, buffers and settings stay as they are, and outside of
-            vmap it does what it did before. Twice is as good as once.
-
-    Example:
-        >>> rnn = nn.GRU(3, 2)
-        >>> make_batchable(rnn)
-        >>> isinstance(rnn, nn.GRU), type(rnn) is nn.GRU
-        (True, False)
-        >>> restore(rnn)
-        >>> type(rnn) is nn.GRU
-        True
-    """
-    for gap in find_gaps(module):
-        gap.module.__class__ = gap.batchable
-
-
-def restore(module: nn.Module) -> None:
-    """Give every submodule the class back that it had before `make_batchable`.
-
-    Until then a module cannot be pickled, because its class cannot be found by name.
-
-    Args:
-        module: The model; changed in place.
-    """
-    for submodule in module.modules():
-        if isinstance(submodule, _BATCHABLE_CLASSES):
-            submodule.__class__ = type(submodule).__bases__[0]
 
 
 def _has_gap(module: nn.Module) -> bool:

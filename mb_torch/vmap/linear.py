@@ -8,10 +8,15 @@ written so that its result lies as the weight does, and the bias is added in pla
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+
+from mb_torch.vmap.functorch_state import mapped_models
 
 
 class StackedLinear(torch.autograd.Function):
@@ -57,3 +62,35 @@ class StackedLinear(torch.autograd.Function):
 
 def _for_each(inputs: Tensor, weight: Tensor) -> Tensor:
     return inputs if inputs.dim() == 3 else inputs.expand(len(weight), *inputs.shape)
+
+
+def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What ``torch.nn.functional.linear`` does under torch.func: `StackedLinear` in eager passes of a batch."""
+    stacked = None if torch.compiler.is_compiling() else _linear_of_stacks(inputs, weight, bias)
+    if stacked is not None:
+        return stacked
+    # Otherwise what torch does, written out because the rule that this one replaces cannot be called any more.
+    if bias is None:
+        return torch.matmul(inputs, weight.t())
+    return torch.addmm(bias, inputs, weight.t()) if inputs.dim() == 2 else torch.matmul(inputs, weight.t()) + bias
+
+
+def _linear_of_stacks(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The result where each model has a weight (and a bias) of its own and only one vmap is in force; else None."""
+    if mapped_models() is None or inputs.dim() == 0 or weight.dim() != 2:
+        return None
+    interpreter = retrieve_current_functorch_interpreter()
+    level = interpreter.level()
+    rows, rows_axis = _functorch._unwrap_batched(inputs, level)
+    weights, weight_axis = _functorch._unwrap_batched(weight, level)
+    biases, bias_axis = (None, 0) if bias is None else _functorch._unwrap_batched(bias, level)
+    if weight_axis is None or bias_axis is None:
+        return None
+    with interpreter.lower():
+        rows = rows if rows_axis is None else rows.movedim(rows_axis, 0)
+        own = () if rows_axis is None else rows.shape[:1]
+        rows = rows.reshape(*own, math.prod(inputs.shape[:-1]), rows.shape[-1])
+        own_bias = None if biases is None else biases.movedim(bias_axis, 0)
+        outputs: Tensor = StackedLinear.apply(rows, weights.movedim(weight_axis, 0), own_bias)
+        outputs = outputs.view(len(outputs), *inputs.shape[:-1], weight.shape[0])
+        return _functorch._add_batch_dim(outputs, 0, level)

@@ -16,7 +16,7 @@ from mb_torch.errors import InvalidInput, ModelBatchError, Unsupported
 from mb_torch.trees import put_together, take_apart
 from mb_torch.vmap.arguments import Arguments
 from mb_torch.vmap.autocast import honoured_autocast
-from mb_torch.vmap.definition import Definition, is_tensor
+from mb_torch.vmap.definition import Definition
 from mb_torch.vmap.rng import seeded
 
 T = TypeVar("T")
@@ -53,8 +53,8 @@ def pack(tree: Any) -> tuple[list[Tensor], Packing]:
                 f"a model returned a {type(leaf).__name__}, which may hold tensors out of reach",
                 fix="Return tensors, tuples, lists or dicts, or register the class with torch.utils._pytree.",
             )
-    constants = [_TENSOR if is_tensor(leaf) else leaf for leaf in leaves]
-    return [leaf for leaf in leaves if is_tensor(leaf)], Packing(structure, constants)
+    constants = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)], Packing(structure, constants)
 
 
 class Trace(NamedTuple):
@@ -237,9 +237,10 @@ class Fallback:
         if self.one_by_one:
             return one_by_one(arguments)
         # A pass that fails half-way has already updated some buffers and may have changed its inputs.
-        buffers = [buffer for definition in self.definitions for buffer in definition.buffers()]
-        saved = [buffer.clone() for buffer in buffers] if self._training else []
         proven = self._training in self._proven
+        may_change = self._training or not proven
+        buffers = [b for definition in self.definitions for b in definition.buffers()] if may_change else []
+        saved = [buffer.clone() for buffer in buffers]
         versions = arguments.versions()
         try:
             result = at_once(arguments if proven else arguments.own_copies())
@@ -302,7 +303,7 @@ def check_loss(loss: Any) -> Tensor:
 
 
 def _put_back(buffers: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
-    for buffer, value in zip(buffers, saved, strict=bool(saved)):
+    for buffer, value in zip(buffers, saved, strict=True):
         buffer.copy_(value)
 
 

@@ -1,7 +1,7 @@
 """Per-model optimizers on whole stacks: `make_optimizer` chooses, `StackedOptimizer` updates.
 
-The rules are in `mb_torch.vmap.update_rules`; what no rule covers goes through
-`mb_torch.vmap.views.ViewOptimizer`.
+What a rule is stands in `mb_torch.vmap.updates`, the rules in `mb_torch.vmap.update_rules`; what no rule covers goes
+through `mb_torch.vmap.views.ViewOptimizer`.
 """
 
 from __future__ import annotations
@@ -19,20 +19,10 @@ from mb_torch.configs import call_with_config, check_configs
 from mb_torch.errors import InvalidInput, InvalidState, Unsupported
 from mb_torch.vmap.buckets import Bucket, Value
 from mb_torch.vmap.model_view import ModelView, Stack
-from mb_torch.vmap.optimizer_state import StackedState, StateOfViews, options, split_state
-from mb_torch.vmap.update_rules import (
-    RULES,
-    Rule,
-    Static,
-    UpdateInputs,
-    advanced,
-    apply_updates,
-    as_real,
-    update_bucket,
-)
+from mb_torch.vmap.optimizer_state import StackedOptimizerState, StateOfViews, options, split_state
+from mb_torch.vmap.update_rules import RULES
+from mb_torch.vmap.updates import Rule, Static, UpdateInputs, as_real, next_step, update_bucket
 from mb_torch.vmap.views import PerModelOptimizer, ViewOptimizer, refuse_unsupported_groups
-
-__all__ = ["PerModelOptimizer", "StackedOptimizer", "ViewOptimizer", "apply_updates", "make_optimizer"]
 
 # Stacks are updated in buckets of about this size, so that temporaries stay in the cache of a CPU and small
 # beside the stacks on an accelerator, where each operation costs more to start.
@@ -138,7 +128,7 @@ class _Hyper(NamedTuple):
     columns: dict[str, list[float]]
     values: dict[str, Value]
     flags: dict[str, bool]
-    frozen: bool
+    reusable: bool
     """False if a value can change without being replaced, as a tensor can."""
 
 
@@ -161,7 +151,7 @@ class StackedOptimizer(PerModelOptimizer):
         # Knows how a parameter group of any torch version becomes one of this version.
         self._single = singles[0]
         initial = {name: [s.param_groups[0][key] for s in singles] for name, key in rule.initial.items()}
-        self._stacked_state = StackedState(rule, stacks, num_models, initial)
+        self._stacked_state = StackedOptimizerState(rule, stacks, num_models, initial)
         self._forget()
         groups = [
             {"params": [ModelView(stack, model) for stack in stacks], **options(single.param_groups[0])}
@@ -203,7 +193,7 @@ class StackedOptimizer(PerModelOptimizer):
                 for bucket in buckets:
                     self.rule.update_by_kernel(bucket, clocks[index], hyper.values, hyper.flags)
                 continue
-            clocks[index], numbers = advanced(self.rule, clocks[index], hyper.values, hyper.flags, ticking)
+            clocks[index], numbers = next_step(self.rule, clocks[index], hyper.values, hyper.flags, ticking)
             for bucket in buckets:
                 update_bucket(self.rule, bucket, numbers, hyper.flags, active, look=look)
 
@@ -215,11 +205,11 @@ class StackedOptimizer(PerModelOptimizer):
         """Return one step as inputs of a compiled function that calls `apply_updates`.
 
         Call it before every step: it reads the parameter groups. The tensors in it are the optimizer's own, so that
-        eager and compiled steps can follow each other. Nothing changes before `finish_update`.
+        eager and compiled steps can follow each other. Nothing that shows changes before `finish_update`.
 
         Args:
             present: Which of `stacks` get a gradient. Default: all.
-            active: Which models to update, bool ``[num_models]``. Default: all.
+            active: Which models to update, bool ``[num_models]``; `apply_updates` must get the same. Default: all.
         """
         self.follow_stacks()
         stacked, hyper = self._stacked_state, self._read_groups()
@@ -232,7 +222,7 @@ class StackedOptimizer(PerModelOptimizer):
         ticking = None if active is None else active.to(self._device)
         clocks, numbers = {}, []
         for index in used:
-            clocks[index], own = advanced(self.rule, stacked.clocks[index], hyper.values, hyper.flags, ticking)
+            clocks[index], own = next_step(self.rule, stacked.clocks[index], hyper.values, hyper.flags, ticking)
             numbers.append({name: self._as_tensor((index, name), value) for name, value in own.items()})
         static = Static(
             tuple(sorted(hyper.flags.items())), tuple(used.index(stacked.clock_of[position]) for position in positions)
@@ -265,7 +255,7 @@ class StackedOptimizer(PerModelOptimizer):
         except KeyError as error:
             raise InvalidInput("param_groups", received=f"a group without {error}", expected="every option") from error
         seen = self._hyper
-        if seen is not None and seen.frozen and _equal(groups, seen.groups):
+        if seen is not None and seen.reusable and _equal(groups, seen.groups):
             return seen
         if len(groups) != self.num_models:
             raise InvalidInput(
@@ -286,8 +276,8 @@ class StackedOptimizer(PerModelOptimizer):
         flags = rule.flags(columns, switches)
         flags["float64_counters"] = self._stacked_state.counter_dtype == torch.float64
         values = {name: self._value(name, column) for name, column in columns.items()}
-        frozen = not any(isinstance(value, (Tensor, list)) for group in groups for value in _flat(group))
-        self._hyper = _Hyper(groups, columns, values, flags, frozen)
+        reusable = not any(isinstance(value, (Tensor, list)) for group in groups for value in _flat(group))
+        self._hyper = _Hyper(groups, columns, values, flags, reusable)
         return self._hyper
 
     def _value(self, name: str, column: list[float]) -> Value:

@@ -11,10 +11,10 @@ from torch import Tensor
 from mb_torch.errors import InvalidState
 from mb_torch.vmap.buckets import Value
 from mb_torch.vmap.model_view import Stack
-from mb_torch.vmap.update_rules import Rule
+from mb_torch.vmap.updates import Rule
 
 
-class StackedState:
+class StackedOptimizerState:
     """State tensors ``[num_models, ...]`` of every stack, and the counters of every model.
 
     torch.optim counts the steps of each parameter by itself, because one without a gradient is skipped.
@@ -60,18 +60,16 @@ class StackedState:
         start = self._initial[name][model] if name in self._initial else 0.0
         row.fill_(complex(start, start) if row.is_complex() else start)
 
-    def on_device(self, values: Sequence[float]) -> Tensor:
-        """Return one number per model as float64 ``[num_models]`` where the stacks are."""
-        return torch.tensor(values, dtype=torch.float64, device=self.stacks[0].parameter.device)
-
     def value(self, values: Sequence[float]) -> Value:
         """Return one number per model as a float where they agree and that is as exact as a tensor.
 
         An accelerator's arithmetic may differ from the host's in the last bit, and what one model changes must not
         decide which of the two its companions get.
         """
-        host = self.num_models == 1 or self.stacks[0].parameter.device.type == "cpu"
-        return values[0] if host and values.count(values[0]) == len(values) else self.on_device(values)
+        device = self.stacks[0].parameter.device
+        if (self.num_models == 1 or device.type == "cpu") and values.count(values[0]) == len(values):
+            return values[0]
+        return torch.tensor(values, dtype=torch.float64, device=device)
 
     def split_clocks(self, present: Sequence[bool]) -> None:
         """Give stacks that are skipped a clock of their own."""
@@ -223,7 +221,7 @@ class StateOfViews(Mapping[Tensor, dict[str, Any]]):
         groups: The parameter groups of all models.
     """
 
-    def __init__(self, state: StackedState, groups: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, state: StackedOptimizerState, groups: Sequence[Mapping[str, Any]]) -> None:
         self._state = state
         self._groups = groups
 

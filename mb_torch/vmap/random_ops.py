@@ -1,6 +1,6 @@
 """What random functions of torch do when a model draws from its own stream.
 
-Three tables: `REPLACEMENTS` (functions that draw, made anew on a `Stream`, and those that have no such form and
+Two tables: `REPLACEMENTS` (functions that draw, made anew on a `Stream`, and those that have no such form and
 raise), and `COMPOSITES` (Python functions of torch that draw by calling the former; their own body runs).
 """
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from mb_torch.errors import InvalidInput
-from mb_torch.vmap.batching_rules import each_alone, mapped_models, under_vmap
+from mb_torch.vmap.functorch_state import each_alone, mapped_models, under_vmap
 
 State = tuple[Tensor, ...]
 """What a layer carries from step to step: ``(h,)``, or ``(h, c)`` for an LSTM."""

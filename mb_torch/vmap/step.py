@@ -18,7 +18,7 @@ from mb_torch.backend import StepSpec
 from mb_torch.clipping import clip_gradients_, rows
 from mb_torch.errors import InvalidInput, Unsupported
 from mb_torch.vmap.arguments import Arguments
-from mb_torch.vmap.compiled_step import CompiledStep, Job, Place
+from mb_torch.vmap.compiled_step import CompiledStep, Job
 from mb_torch.vmap.definition import Definition
 from mb_torch.vmap.mapping import Fallback, ModelMap, check_loss, with_model_axis
 from mb_torch.vmap.optim import StackedOptimizer
@@ -39,7 +39,7 @@ class FusedStep:
         self.backends = list(backends)
         self.num_models = backends[0].spec.num_models
         self._models = ModelMap([backend.definition for backend in backends], self._loss_of_one_model)
-        self._fallback = Fallback(self._models.definitions)
+        self.fallback = Fallback(self._models.definitions)
         self._compiled: tuple[dict[str, Any], CompiledStep] | None = None
         self._pending: Gradients | None = None
         self._pending_active: Tensor | None = None
@@ -73,7 +73,7 @@ class FusedStep:
         if trace.drew:
             self._advance_streams(active)
         if grads is not None:
-            self._accumulate(grads, active)
+            self._update_or_accumulate(grads, active)
         result = trace.packing.unpack([output.detach() for output in outputs])
         return result if self.spec.aux else (result, None)
 
@@ -131,9 +131,6 @@ class FusedStep:
         """The stacks to differentiate, per definition, in the order of `_differentiate`'s gradients."""
         return [[stack for stack in own if stack.requires_grad] for own in self._stacks()]
 
-    def _trained_stacks(self) -> list[Tensor]:
-        return [stack for own in self._trained() for stack in own]
-
     def _differentiate(
         self,
         stacks: list[list[Tensor]],
@@ -150,23 +147,26 @@ class FusedStep:
                 return self._differentiate_single(stacks, keys, arguments, scale)
             with self._models.batchable():
                 if compiled is None:
-                    return finish(*self._models.at_once(stacks, keys, arguments.trees, arguments.dims, size))
-                job = Job(stacks, keys, arguments.trees, arguments.dims, size, scale)
-                outputs, replaced, grads = compiled.gradients(
-                    job, arguments, _places(stacks), self._dry_run(job, arguments)
-                )
+                    outputs, replaced = self._models.at_once(stacks, keys, arguments.trees, arguments.dims, size)
+                    grads = self._backward(outputs[0], stacks, scale)
+                else:
+                    job = Job(stacks, keys, arguments.trees, arguments.dims, size, scale)
+                    outputs, replaced, grads = compiled.gradients(job, arguments.form, self._dry_run(job, arguments))
             self._keep_replaced(stacks, replaced)
             return outputs, grads
 
         def one_by_one(arguments: Arguments) -> tuple[list[Tensor], Gradients]:
-            return finish(*self._models.one_by_one(stacks, keys, arguments))
+            return self._differentiate_one_by_one(stacks, keys, arguments, scale)
 
-        def finish(outputs: list[Tensor], replaced: list[Tensor]) -> tuple[list[Tensor], Gradients]:
-            grads = self._backward(outputs[0], stacks, scale)
-            self._keep_replaced(stacks, replaced)
-            return outputs, grads
+        return self.fallback.run(at_once, one_by_one, arguments)
 
-        return self._fallback.run(at_once, one_by_one, arguments)
+    def _differentiate_one_by_one(
+        self, stacks: list[list[Tensor]], keys: Tensor | None, arguments: Arguments, scale: Tensor | None
+    ) -> tuple[list[Tensor], Gradients]:
+        outputs, replaced = self._models.one_by_one(stacks, keys, arguments)
+        grads = self._backward(outputs[0], stacks, scale)
+        self._keep_replaced(stacks, replaced)
+        return outputs, grads
 
     def _differentiate_single(
         self, stacks: list[list[Tensor]], keys: Tensor | None, arguments: Arguments, scale: Tensor | None
@@ -192,7 +192,7 @@ class FusedStep:
         """Factors of the losses ``[num_models]`` that the scaler asks for, or None."""
         if self.spec.scaler is None:
             return None
-        device = self._trained_stacks()[0].device
+        device = next(stack.device for own in self._trained() for stack in own)
         return self.spec.scaler.scale(torch.ones(self.num_models, device=device))
 
     def _compiled_step(self) -> CompiledStep | None:
@@ -208,7 +208,7 @@ class FusedStep:
         """Whether the update too can be part of the compiled graph."""
         return (
             self._compiled_step() is not None
-            and not self._fallback.one_by_one
+            and not self.fallback.one_by_one
             and self.spec.accumulate == 1
             and self.spec.scaler is None
             and all(
@@ -227,8 +227,7 @@ class FusedStep:
             with self._models.batchable():
                 outputs, replaced = compiled.train(
                     job,
-                    arguments,
-                    _places(stacks),
+                    arguments.form,
                     self.spec.optimizers,  # type: ignore[arg-type]
                     self.spec.clip_norm,
                     active,
@@ -238,11 +237,11 @@ class FusedStep:
             return outputs
 
         def one_by_one(arguments: Arguments) -> list[Tensor]:
-            outputs, grads = self._differentiate(stacks, keys, arguments, None)
+            outputs, grads = self._differentiate_one_by_one(stacks, keys, arguments, None)
             self._update(grads, active)
             return outputs
 
-        return self._fallback.run(at_once, one_by_one, arguments)
+        return self.fallback.run(at_once, one_by_one, arguments)
 
     def _dry_run(self, job: Job, arguments: Arguments) -> Callable[[], list[bool]]:
         """A step without consequences; says which trained stacks get a gradient."""
@@ -293,7 +292,7 @@ class FusedStep:
             for buffer, value in zip(definition.buffers(), values, strict=True):
                 buffer.copy_(torch.where(rows(active, buffer), buffer, value))
 
-    def _accumulate(self, grads: Gradients, active: Tensor | None) -> None:
+    def _update_or_accumulate(self, grads: Gradients, active: Tensor | None) -> None:
         if self.spec.accumulate == 1:
             self._update(grads, active)
             return
@@ -373,16 +372,6 @@ def _updates_exactly(optimizer: torch.optim.Optimizer, trained: list[Tensor]) ->
     if not isinstance(optimizer, StackedOptimizer):
         return False
     return list(map(id, optimizer.stacks.values())) == list(map(id, trained))
-
-
-def _places(stacks: list[list[Tensor]]) -> list[Place]:
-    """Where the trained stacks are."""
-    return [
-        (definition, position)
-        for definition, own in enumerate(stacks)
-        for position, stack in enumerate(own)
-        if stack.requires_grad
-    ]
 
 
 def _check_optimizer(definition: Definition, optimizer: torch.optim.Optimizer, spec: StepSpec) -> None:

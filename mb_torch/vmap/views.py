@@ -257,10 +257,6 @@ class ViewOptimizer(PerModelOptimizer):
     def _groups(self) -> list[dict[str, Any]]:
         return [optimizer.param_groups[0] for optimizer in self.optimizers]
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients of all models."""
-        super().zero_grad(set_to_none)
-
     def _update(self, grads: list[Tensor | None], active: Tensor | None) -> None:
         chosen = [True] * self.num_models if active is None else active.tolist()
         own_grads = [stack.parameter.grad for stack in self._stacks]

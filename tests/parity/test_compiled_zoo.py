@@ -1,4 +1,4 @@
-"""Every module of the zoo trained by a compiled step: it ends where the loop ends, or says that it cannot be compiled."""
+"""Every module of the zoo trained by a compiled step ends where the loop ends."""
 
 from __future__ import annotations
 

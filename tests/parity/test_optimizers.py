@@ -14,7 +14,8 @@ from torch.optim.lr_scheduler import ExponentialLR
 
 from mb_torch.schedule import create_lr_scheduler
 from mb_torch.vmap import optim as stacked_optim
-from mb_torch.vmap.optim import StackedOptimizer, ViewOptimizer, make_optimizer
+from mb_torch.vmap.optim import StackedOptimizer, make_optimizer
+from mb_torch.vmap.views import ViewOptimizer
 from tests.compare import assert_close
 from tests.optimizers import (
     CASES,

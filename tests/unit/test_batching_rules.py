@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils import _pytree as pytree
 
-from mb_torch.vmap.batching_rules import each_alone, mapped_models, needs_gradient, under_vmap
+import mb_torch.vmap.batching_rules  # noqa: F401  registers the rules under test
+from mb_torch.vmap.functorch_state import each_alone, mapped_models, needs_gradient, under_vmap
 from tests.compare import assert_close, assert_different, assert_equal
 
 NUM_MODELS = 3

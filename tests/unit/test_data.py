@@ -19,7 +19,8 @@ from mb_torch.data import (
     create_random_masks,
 )
 from mb_torch.errors import InvalidInput
-from mb_torch.routed import RoutedTensor, plain, rows_of
+from mb_torch.routed import RoutedTensor, plain, routed_leaves
+from mb_torch.row_tracking import common_rows
 
 BATCH = torch.arange(12.0).view(6, 2) + 1
 
@@ -37,7 +38,7 @@ def assert_routes(routed, selections, batch=BATCH):
     """Each model's real rows are its selection of the batch, and its padding repeats the first of them."""
     counts = tuple(len(batch[selection]) for selection in selections)
     assert routed.shape == (len(selections), max(counts), *batch.shape[1:])
-    assert rows_of(routed) == (None if len(set(counts)) == 1 else counts)
+    assert common_rows(routed_leaves(routed)) == (None if len(set(counts)) == 1 else counts)
     assert type(routed) is (Tensor if len(set(counts)) == 1 else RoutedTensor)
     for model, (selection, count) in enumerate(zip(selections, counts, strict=True)):
         rows = plain(routed)[model]

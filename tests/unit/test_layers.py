@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from mb_torch.errors import InvalidInput
 from mb_torch.vmap import layers, recurrent
-from mb_torch.vmap.layers import find_gaps, make_batchable, restore
+from mb_torch.vmap.layers import find_gaps
 from mb_torch.vmap.rng import seeded
 from tests.compare import assert_close, assert_different, assert_equal
 from tests.zoo import CASES, Case, by_name, zoo_loss
@@ -52,6 +52,19 @@ SPARSE = Case("embedding_sparse", lambda: nn.Embedding(7, 4, sparse=True), by_na
 with_gaps = [case for case in CASES if not case.random and not case.loops and find_gaps(case.build(0))]
 every_gap = pytest.mark.parametrize("case", with_gaps, ids=repr)
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+
+
+def make_batchable(module: nn.Module) -> None:
+    """Close the gaps of a module for good, as a batch does while vmap runs it."""
+    for gap in find_gaps(module):
+        gap.module.__class__ = gap.batchable
+
+
+def restore(module: nn.Module) -> None:
+    """Give every submodule the class back that it had before `make_batchable`."""
+    for submodule in module.modules():
+        if isinstance(submodule, tuple(GAPS)):
+            submodule.__class__ = type(submodule).__bases__[0]
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from mb_torch.errors import InvalidInput
-from mb_torch.routed import RoutedTensor, plain, rows_from_weights, rows_of, strip, with_rows
+from mb_torch.routed import RoutedTensor, plain, routed_leaves, rows_from_weights, strip, with_rows
+from mb_torch.row_tracking import common_rows
 
 ROWS = (3, 1, 4)
 SHAPE = (3, 4, 4, 4)  # every length occurs twice, so that operations on the wrong dimension keep the shape
@@ -486,7 +487,11 @@ def test_with_rows_is_plain_without_padding():
     assert_rows(with_rows(torch.zeros(2, 3), (3, 2)), (3, 2))
 
 
-def test_rows_of_finds_rows_anywhere():
+def rows_of(*trees):
+    return common_rows(routed_leaves(trees))
+
+
+def test_rows_are_found_anywhere():
     assert rows_of(torch.zeros(2), {"a": [1, None]}) is None
     assert rows_of(torch.zeros(2), {"a": [1, (routed(), routed(3, 4))]}) == ROWS
     with pytest.raises(InvalidInput, match="different real rows"):
