@@ -11,9 +11,6 @@ from mb_torch.routed import RoutedTensor
 from mb_torch.row_tracking import Rows, common_rows
 from mb_torch.trees import put_together, take_apart
 
-Form = tuple[Any, ...]
-"""All but the values of tensors: structures, numbers of dimensions, other leaves."""
-
 
 class Arguments:
     """Pytrees of tensors, some of which have a leading model axis.
@@ -72,12 +69,6 @@ class Arguments:
             trees.append(put_together(leaves[first : first + count], structure))
             first += count
         return tuple(trees)
-
-    @property
-    def form(self) -> Form:
-        """What a compiled function is specialised on, for comparison."""
-        constants = [leaf.dim() if isinstance(leaf, Tensor) else repr(leaf) for leaf in self.leaves]
-        return self._structures, constants, self.mapped
 
     @property
     def dims(self) -> tuple[int | None, ...]:

@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch import Tensor
 
 from mb_torch.errors import Unsupported
-from mb_torch.vmap.arguments import Form
-from mb_torch.vmap.definition import Definition
 from mb_torch.vmap.mapping import ModelMap, Trace
 
 T = TypeVar("T")
+
+# Graphs of one function (batch sizes, modes, settings) before torch gives up on compiling it; its own limit is 8.
+_GRAPHS = 64
+
+
+class NotExamined(Exception):
+    """Raised instead of running a graph that is new, or that was compiled for another result of the dry run."""
+
+    def __init__(self, graph: int) -> None:
+        super().__init__(graph)
+        self.graph = graph
 
 
 class CompiledFunction(Generic[T]):
     """A compiled function of all models that knows the form of its results.
 
     A compiled function gives back tensors only. What else a run shows (the structure of the results, which buffers
-    were replaced, whether random numbers were drawn) comes from one dry run per form of the arguments, which leaves
-    buffers and the random generators as they were.
+    were replaced, whether random numbers were drawn) comes from a dry run, which leaves buffers and the random
+    generators as they were. Dynamo's guards see whatever the function depends on, so there is one dry run for every
+    graph that dynamo makes: a graph that was not examined refuses to run.
 
     Args:
         models: The map whose trace is to be kept right.
@@ -31,36 +44,108 @@ class CompiledFunction(Generic[T]):
 
     def __init__(self, models: ModelMap, function: Callable[..., Any], options: dict[str, Any]) -> None:
         self._models = models
-        self._function = torch.compile(function, **options)
-        self._known: list[tuple[Any, Trace, T]] = []
+        self._examined: dict[tuple[int, Hashable], tuple[Trace, T]] = {}
+        self._latest: dict[Hashable, T] = {}
+        self._number_of_graphs = 0
+        self._expected: tuple[Hashable, T] | None = None
+        self._ran: int | None = None
+        self._function = torch.compile(function, **self._watched(options))
 
-    def ready(self, form: Form, dry_run: Callable[[], T]) -> T:
-        """Set the map's trace for these arguments; return what ``dry_run`` returned when their form was new."""
-        key = (form, [definition.modes() for definition in self._models.definitions])
-        for known, trace, result in self._known:
-            if known == key:
-                self._models.trace = trace
-                return result
-        with _unchanged(self._models.definitions):
-            result = dry_run()
-        assert self._models.trace is not None
-        self._known.append((key, self._models.trace, result))
-        return result
-
-    def __call__(self, *args: Any) -> Any:
+    def __call__(
+        self,
+        key: Hashable,
+        arguments: Callable[[T], Sequence[Any]],
+        dry_run: Callable[[], T],
+        buffers: Sequence[Tensor],
+    ) -> tuple[Any, T]:
         """Call the compiled function.
+
+        Args:
+            key: What the result of the dry run depends on and the function does not see.
+            arguments: Makes the arguments from what the dry run returned.
+            dry_run: The function without consequences, not compiled.
+            buffers: What the dry run changes, to be put back.
+
+        Returns:
+            What the function returned, and what the dry run did.
 
         Raises:
             Unsupported: The compiler failed; the function itself has passed its dry run.
         """
-        try:
-            return self._function(*args)
-        except Exception as error:
-            if _is_compiler_failure(error):
-                raise Unsupported(
-                    f"torch.compile failed: {' '.join(str(error).split()[:40])}", fix="Leave out enable_compile()."
-                ) from error
-            raise
+        fresh: tuple[Trace, T] | None = None
+        if key not in self._latest:
+            fresh = self._examine(dry_run, buffers)
+            self._latest[key] = fresh[1]
+        while True:
+            self._expected, self._ran = (key, self._latest[key]), None
+            try:
+                result = self._function(*arguments(self._latest[key]))
+            except NotExamined as new:
+                if (new.graph, key) not in self._examined:
+                    fresh = fresh or self._examine(dry_run, buffers)
+                    self._examined[new.graph, key] = fresh
+                self._latest[key] = self._examined[new.graph, key][1]
+                continue
+            except Exception as error:
+                if _is_compiler_failure(error):
+                    raise Unsupported(
+                        f"torch.compile failed: {' '.join(str(error).split()[:40])}", fix="Leave out enable_compile()."
+                    ) from error
+                raise
+            known = self._latest[key]
+            if self._ran is None:
+                # Not compiled (torch gave up on it): nothing tells when the dry run has to be repeated.
+                del self._latest[key]
+            else:
+                self._models.trace = self._examined[self._ran, key][0]
+            return result, known
+
+    def _examine(self, dry_run: Callable[[], T], buffers: Sequence[Tensor]) -> tuple[Trace, T]:
+        with _unchanged(buffers, self._models):
+            result = dry_run()
+        assert self._models.trace is not None
+        return self._models.trace, result
+
+    def _watched(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options with a backend that numbers its graphs, and whose graphs ask before they run."""
+        compile_graph = _compiler(options)
+
+        def backend(graph: Any, inputs: Any, **settings: Any) -> Callable[..., Any]:
+            compiled = compile_graph(graph, inputs, **settings)
+            number = self._number_of_graphs
+            self._number_of_graphs += 1
+
+            def run(*args: Any) -> Any:
+                if self._ran is None:
+                    assert self._expected is not None
+                    key, expected = self._expected
+                    if (number, key) not in self._examined or self._examined[number, key][1] != expected:
+                        raise NotExamined(number)
+                    self._ran = number
+                return compiled(*args)
+
+            return run
+
+        own = {"isolate_recompiles": True, "recompile_limit": _GRAPHS}
+        known = inspect.signature(torch.compile).parameters
+        return {**{name: value for name, value in own.items() if name in known}, **options, "backend": backend}
+
+
+def _compiler(options: dict[str, Any]) -> Callable[..., Any]:
+    """What ``torch.compile`` would compile graphs with."""
+    backend = options.get("backend") or "inductor"
+    if backend != "inductor":
+        found: Callable[..., Any] = importlib.import_module("torch._dynamo").lookup_backend(backend)
+        return found
+
+    def inductor(graph: Any, inputs: Any, mode: str | None = None, options: dict[str, Any] | None = None) -> Any:
+        settings = dict(options or {})
+        if mode is not None and mode != "default":
+            settings.update(torch._inductor.list_mode_options(mode))  # type: ignore[attr-defined]
+        return torch._inductor.compile_fx.compile_fx(graph, inputs, config_patches=settings or None)
+
+    importlib.import_module("torch._inductor.compile_fx")
+    return inductor
 
 
 def _is_compiler_failure(error: Exception) -> bool:
@@ -69,20 +154,15 @@ def _is_compiler_failure(error: Exception) -> bool:
     return isinstance(error, exceptions.TorchDynamoException) and not isinstance(error, exceptions.TorchRuntimeError)
 
 
-class _unchanged:
+@contextmanager
+def _unchanged(buffers: Sequence[Tensor], models: ModelMap) -> Iterator[None]:
     """Within the block, nothing happens to buffers and random generators that lasts."""
-
-    def __init__(self, definitions: list[Definition]) -> None:
-        self._buffers = [buffer for definition in definitions for buffer in definition.buffers()]
-        tensors = [tensor for definition in definitions for tensor in definition.stacks()]
-        devices = sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
-        self._fork = torch.random.fork_rng(devices=devices)
-
-    def __enter__(self) -> None:
-        self._saved = [buffer.clone() for buffer in self._buffers]
-        self._fork.__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        self._fork.__exit__(*exception)
-        for buffer, value in zip(self._buffers, self._saved, strict=True):
-            buffer.copy_(value)
+    tensors = [tensor for definition in models.definitions for tensor in definition.stacks()]
+    devices = sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
+    saved = [buffer.clone() for buffer in buffers]
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            for buffer, value in zip(buffers, saved, strict=True):
+                buffer.copy_(value)

@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 
 from mb_torch.clipping import clip_gradients_
-from mb_torch.vmap.arguments import Form
 from mb_torch.vmap.autocast import honoured_autocast
 from mb_torch.vmap.compiled import CompiledFunction
 from mb_torch.vmap.mapping import ModelMap, randomness, split_leaves
-from mb_torch.vmap.optim import StackedOptimizer
+from mb_torch.vmap.optim import PendingUpdate, StackedOptimizer
 from mb_torch.vmap.updates import UpdateInputs, apply_updates
 
 Place = tuple[int, int]
 """A trained stack: which definition, and its position among that definition's tensors."""
+
+Used = tuple[Place, ...]
+"""The trained stacks that take part in the loss."""
 
 
 class Job(NamedTuple):
@@ -62,67 +64,65 @@ class CompiledStep:
 
     def __init__(self, models: ModelMap, options: dict[str, Any]) -> None:
         self._models = models
-        self._gradients: CompiledFunction[list[bool]] = CompiledFunction(models, self._differentiate, options)
-        self._training: CompiledFunction[list[bool]] = CompiledFunction(models, self._train, options)
+        self._gradients: CompiledFunction[Used] = CompiledFunction(models, self._differentiate, options)
+        self._training: CompiledFunction[Used] = CompiledFunction(models, self._train, options)
 
     def gradients(
-        self, job: Job, form: Form, dry_run: Callable[[], list[bool]]
+        self, job: Job, dry_run: Callable[[], Used], buffers: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
-        """Return outputs, replaced buffers and for each place its gradient, None where it takes no part.
+        """Return outputs, replaced buffers and for each trained stack its gradient, None where it takes no part.
 
         Args:
             job: What to work on.
-            form: That of the arguments.
-            dry_run: Says for each place whether it gets a gradient; called once per form of the arguments.
+            dry_run: Says which trained stacks get a gradient.
+            buffers: All buffers among the stacks.
         """
-        places = _places(job.stacks)
-        present = self._gradients.ready(form, dry_run)
-        used = _chosen(places, present)
         plain = [[stack.detach() for stack in own] for own in job.stacks]
-        result: Result = self._gradients(job._replace(stacks=plain), used)
-        grads = iter(result.grads)
-        return (
-            result.outputs,
-            result.replaced,
-            [next(grads) if takes_part else None for takes_part in present],
-        )
+        places = trained_places(job.stacks)
+        result: Result
+        result, used = self._gradients(places, lambda used: (job._replace(stacks=plain), used), dry_run, buffers)
+        grads = dict(zip(used, result.grads, strict=True))
+        return result.outputs, result.replaced, [grads.get(place) for place in places]
 
     def train(
         self,
         job: Job,
-        form: Form,
         optimizers: Sequence[StackedOptimizer | None],
         clip_norm: float | Tensor | None,
         active: Tensor | None,
-        dry_run: Callable[[], list[bool]],
+        dry_run: Callable[[], Used],
+        buffers: Sequence[Tensor],
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Train the models; return outputs and replaced buffers.
 
         Args:
             job: What to work on; the stacks are updated.
-            form: That of the arguments.
-            optimizers: One per definition, or None.
+            optimizers: One per definition, or None; their stacks are the trained ones, in order.
             clip_norm: As in `mb_torch.make_joint_step`.
             active: As there.
             dry_run: As in `gradients`.
+            buffers: As there.
         """
-        places = _places(job.stacks)
-        present = self._training.ready(form, dry_run)
-        used = _chosen(places, present)
-        takes_part = dict(zip(places, present, strict=True))
-        updates = [
-            (optimizer, optimizer.begin_update([takes_part[place] for place in places if place[0] == index], active))
-            for index, optimizer in enumerate(optimizers)
-            if optimizer is not None
-        ]
-        inputs = [pending.inputs for _, pending in updates]
-        # The very tensors of the updates: the compiler would copy aliases of inputs that it changes.
-        plain = [[stack.detach() for stack in own] for own in job.stacks]
-        params = (param for own in inputs for param in own.params)
-        for (definition, position), param in zip(used, params, strict=True):
-            plain[definition][position] = param
-        bound = None if clip_norm is None else torch.as_tensor(clip_norm, device=plain[0][0].device)
-        result: Result = self._training(job._replace(stacks=plain), used, inputs, bound, active)
+        places = trained_places(job.stacks)
+        updates: list[tuple[StackedOptimizer, PendingUpdate]] = []
+
+        def arguments(used: Used) -> tuple[Any, ...]:
+            updates[:] = [
+                (optimizer, optimizer.begin_update([place in used for place in places if place[0] == index], active))
+                for index, optimizer in enumerate(optimizers)
+                if optimizer is not None
+            ]
+            inputs = [pending.inputs for _, pending in updates]
+            # The very tensors of the updates: the compiler would copy aliases of inputs that it changes.
+            plain = [[stack.detach() for stack in own] for own in job.stacks]
+            params = (param for own in inputs for param in own.params)
+            for (definition, position), param in zip(used, params, strict=True):
+                plain[definition][position] = param
+            bound = None if clip_norm is None else torch.as_tensor(clip_norm, device=plain[0][0].device)
+            return job._replace(stacks=plain), used, inputs, bound, active
+
+        result: Result
+        result, _ = self._training(places, arguments, dry_run, buffers)
         for optimizer, pending in updates:
             optimizer.finish_update(pending)
         return result.outputs, result.replaced
@@ -130,20 +130,23 @@ class CompiledStep:
     def _train(
         self,
         job: Job,
-        used: tuple[Place, ...],
+        used: Used,
         updates: list[UpdateInputs],
         clip_norm: Tensor | None,
         active: Tensor | None,
     ) -> Result:
         result = self._differentiate(job, used)
+        grads = result.grads
         if clip_norm is not None:
-            clip_gradients_(result.grads, clip_norm)
-        remaining = iter(result.grads)
+            # Copies, which the compiler makes only where it has to: two parameters may share their gradient.
+            grads = [grad.clone() for grad in grads]
+            clip_gradients_(grads, clip_norm)
+        remaining = iter(grads)
         for inputs in updates:
             apply_updates(inputs, [next(remaining) for _ in inputs.params], active)
         return result._replace(grads=[])
 
-    def _differentiate(self, job: Job, used: tuple[Place, ...]) -> Result:
+    def _differentiate(self, job: Job, used: Used) -> Result:
         def loss(
             trained: list[Tensor],
             tensors: list[list[Tensor]],
@@ -171,15 +174,11 @@ class CompiledStep:
         return Result(outputs, replaced, grads)
 
 
-def _places(stacks: list[list[Tensor]]) -> list[Place]:
+def trained_places(stacks: list[list[Tensor]]) -> Used:
     """Where the trained stacks are."""
-    return [
+    return tuple(
         (definition, position)
         for definition, own in enumerate(stacks)
         for position, stack in enumerate(own)
         if stack.requires_grad
-    ]
-
-
-def _chosen(places: Sequence[Place], present: Sequence[bool]) -> tuple[Place, ...]:
-    return tuple(place for place, takes_part in zip(places, present, strict=True) if takes_part)
+    )

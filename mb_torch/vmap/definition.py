@@ -41,7 +41,6 @@ class Definition:
             slots[id(table), leaf] = (table, leaf, position[first])
         self._slots = list(slots.values())
         self._placeholders = [table[leaf] for table, leaf, _ in self._slots]
-        self._modules = list(prototype.modules())
         self._leftovers = Leftovers(prototype)
         self._gaps = find_gaps(prototype)
 
@@ -52,10 +51,6 @@ class Definition:
     def buffers(self) -> list[Tensor]:
         """The live stacked buffers, in the order of `stacks`."""
         return list(self.state.buffers.values())
-
-    def modes(self) -> list[bool]:
-        """Whether each submodule is in training mode."""
-        return [module.training for module in self._modules]
 
     def bind(self, tensors: Sequence[Tensor]) -> None:
         """Put one model's tensors (or, under vmap, all models') in place of the placeholders."""

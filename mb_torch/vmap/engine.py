@@ -93,6 +93,7 @@ class VmapBackend:
     def _run(self, stacks: list[Tensor], keys: Tensor | None, arguments: Arguments) -> list[Tensor]:
         """Run the models of the given stacks, and keep what they did to their buffers."""
         size = stacks[0].shape[0] if stacks else self.spec.num_models
+        buffers = stacks[self.definition.num_parameters :]
 
         def at_once(arguments: Arguments) -> tuple[list[Tensor], list[Tensor]]:
             if not self.vectorises:
@@ -105,15 +106,15 @@ class VmapBackend:
                 if self._compiled is None:
                     self._compiled = CompiledFunction(self._models, self._models.at_once, self.compile_options)
 
+                @torch.no_grad()
                 def dry_run() -> None:
                     self._models.at_once([stacks], keys, arguments.own_copies().trees, arguments.dims, size)
 
-                with torch.no_grad():
-                    self._compiled.ready(arguments.form, dry_run)
-                return self._compiled([stacks], keys, arguments.trees, arguments.dims, size)
+                given = ([stacks], keys, arguments.trees, arguments.dims, size)
+                return self._compiled(None, lambda _: given, dry_run, buffers)[0]
 
         outputs, replaced = self._fallback.run(
-            at_once, lambda arguments: self._models.one_by_one([stacks], keys, arguments), arguments
+            at_once, lambda arguments: self._models.one_by_one([stacks], keys, arguments), arguments, buffers
         )
         assert self._models.trace is not None
         for position, value in zip(self._models.trace.replaced[0], replaced, strict=True):
@@ -132,7 +133,7 @@ class VmapBackend:
                     return with_model_axis(models.directly([], None, arguments)[0])
                 return models.at_once([], None, arguments.trees, arguments.dims, size)[0]
 
-            return fallback.run(at_once, lambda arguments: models.one_by_one([], None, arguments)[0], arguments)
+            return fallback.run(at_once, lambda arguments: models.one_by_one([], None, arguments)[0], arguments, [])
 
         plan = plan_parts(self.spec.num_models, None, arguments)
         if plan is None:

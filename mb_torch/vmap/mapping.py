@@ -209,7 +209,7 @@ class Fallback:
     """Tries the vectorised way first and falls back, once and for all, to one model after another.
 
     Args:
-        definitions: The definitions that are run; their buffers are put back after a failed try.
+        definitions: The definitions that are run.
     """
 
     def __init__(self, definitions: Sequence[Definition]) -> None:
@@ -232,14 +232,17 @@ class Fallback:
         at_once: Callable[[Arguments], T],
         one_by_one: Callable[[Arguments], T],
         arguments: Arguments,
+        buffers: Sequence[Tensor],
     ) -> T:
-        """Return what ``at_once`` makes of the arguments or, where vmap cannot, ``one_by_one``, with a warning."""
+        """Return what ``at_once`` makes of the arguments or, where vmap cannot, ``one_by_one``, with a warning.
+
+        ``buffers`` are those that a pass may change; after a failed try they are put back.
+        """
         if self.one_by_one:
             return one_by_one(arguments)
         # A pass that fails half-way has already updated some buffers and may have changed its inputs.
         proven = self._training in self._proven
-        may_change = self._training or not proven
-        buffers = [b for definition in self.definitions for b in definition.buffers()] if may_change else []
+        buffers = buffers if self._training or not proven else []
         saved = [buffer.clone() for buffer in buffers]
         versions = arguments.versions()
         try:

@@ -18,7 +18,7 @@ from mb_torch.backend import StepSpec
 from mb_torch.clipping import clip_gradients_, rows
 from mb_torch.errors import InvalidInput, Unsupported
 from mb_torch.vmap.arguments import Arguments
-from mb_torch.vmap.compiled_step import CompiledStep, Job
+from mb_torch.vmap.compiled_step import CompiledStep, Job, Used, trained_places
 from mb_torch.vmap.definition import Definition
 from mb_torch.vmap.mapping import Fallback, ModelMap, check_loss, with_model_axis
 from mb_torch.vmap.optim import StackedOptimizer
@@ -127,6 +127,11 @@ class FusedStep:
             for definition, optimizer in zip(self._models.definitions, self.spec.optimizers, strict=True)
         ]
 
+    def _buffers(self, stacks: list[list[Tensor]]) -> list[Tensor]:
+        """The buffers among all stacks."""
+        pairs = zip(self._models.definitions, stacks, strict=True)
+        return [buffer for definition, own in pairs for buffer in own[definition.num_parameters :]]
+
     def _trained(self) -> list[list[Tensor]]:
         """The stacks to differentiate, per definition, in the order of `_differentiate`'s gradients."""
         return [[stack for stack in own if stack.requires_grad] for own in self._stacks()]
@@ -140,6 +145,7 @@ class FusedStep:
     ) -> tuple[list[Tensor], Gradients]:
         """Outputs (the losses first) of the models of the given stacks, and the gradient of each trained one."""
         size = next((stack.shape[0] for own in stacks for stack in own), self.num_models)
+        buffers = self._buffers(stacks)
 
         def at_once(arguments: Arguments) -> tuple[list[Tensor], Gradients]:
             compiled = self._compiled_step()
@@ -151,14 +157,14 @@ class FusedStep:
                     grads = self._backward(outputs[0], stacks, scale)
                 else:
                     job = Job(stacks, keys, arguments.trees, arguments.dims, size, scale)
-                    outputs, replaced, grads = compiled.gradients(job, arguments.form, self._dry_run(job, arguments))
+                    outputs, replaced, grads = compiled.gradients(job, self._dry_run(job, arguments), buffers)
             self._keep_replaced(stacks, replaced)
             return outputs, grads
 
         def one_by_one(arguments: Arguments) -> tuple[list[Tensor], Gradients]:
             return self._differentiate_one_by_one(stacks, keys, arguments, scale)
 
-        return self.fallback.run(at_once, one_by_one, arguments)
+        return self.fallback.run(at_once, one_by_one, arguments, buffers)
 
     def _differentiate_one_by_one(
         self, stacks: list[list[Tensor]], keys: Tensor | None, arguments: Arguments, scale: Tensor | None
@@ -221,17 +227,18 @@ class FusedStep:
         compiled = self._compiled_step()
         assert compiled is not None
         stacks = self._stacks()
+        buffers = self._buffers(stacks)
 
         def at_once(arguments: Arguments) -> list[Tensor]:
             job = Job(stacks, keys, arguments.trees, arguments.dims, self.num_models, None)
             with self._models.batchable():
                 outputs, replaced = compiled.train(
                     job,
-                    arguments.form,
                     self.spec.optimizers,  # type: ignore[arg-type]
                     self.spec.clip_norm,
                     active,
                     self._dry_run(job, arguments),
+                    buffers,
                 )
             self._keep_replaced(stacks, replaced)
             return outputs
@@ -241,15 +248,17 @@ class FusedStep:
             self._update(grads, active)
             return outputs
 
-        return self.fallback.run(at_once, one_by_one, arguments)
+        return self.fallback.run(at_once, one_by_one, arguments, buffers)
 
-    def _dry_run(self, job: Job, arguments: Arguments) -> Callable[[], list[bool]]:
+    def _dry_run(self, job: Job, arguments: Arguments) -> Callable[[], Used]:
         """A step without consequences; says which trained stacks get a gradient."""
 
-        def run() -> list[bool]:
+        def run() -> Used:
             trees = arguments.own_copies().trees
             outputs, _ = self._models.at_once(job.stacks, job.keys, trees, job.dims, job.size)
-            return [grad is not None for grad in self._backward(outputs[0], job.stacks, job.scale)]
+            grads = self._backward(outputs[0], job.stacks, job.scale)
+            places = zip(trained_places(job.stacks), grads, strict=True)
+            return tuple(place for place, grad in places if grad is not None)
 
         return run
 

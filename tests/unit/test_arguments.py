@@ -35,7 +35,6 @@ TREES = {
     "ordered": OrderedDict(b=X, a=Y),
     "default": defaultdict(list, {"x": [X, Y]}),
     "leaf": (Record(x=X), Y),
-    "size": (torch.Size([2, 3]), X),
 }
 
 
@@ -72,19 +71,6 @@ def test_copies_share_no_memory() -> None:
     assert some.leaves[2] is Y
     assert some.leaves[3] is not Z
     assert torch.equal(some.trees[2].x, Z)
-
-
-def test_forms_differ_in_everything_but_values() -> None:
-    form = arguments().form
-    same = Arguments(({"x": X + 1, "n": 1}, Y, Pair(Z, "text")), (True, True, False))
-    assert same.form == form
-    others = [
-        Arguments(({"x": X, "n": 2}, Y, Pair(Z, "text")), (True, True, False)),
-        Arguments(({"x": X, "m": 1}, Y, Pair(Z, "text")), (True, True, False)),
-        Arguments(({"x": X[0], "n": 1}, Y, Pair(Z, "text")), (True, True, False)),
-        Arguments(({"x": X, "n": 1}, Y, Pair(Z, "text")), (True, False, False)),
-    ]
-    assert all(other.form != form for other in others)
 
 
 def test_versions_of_tensors_that_can_be_changed() -> None:
