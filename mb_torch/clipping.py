@@ -51,6 +51,21 @@ def clip_gradients_(grads: Sequence[Tensor], max_norm: float | Tensor, norm_type
     return norms
 
 
+def separate(grads: Sequence[Tensor]) -> list[Tensor]:
+    """Copy the gradients that cannot be changed in place one by one, and keep the others.
+
+    Autograd gives both addends of a sum the same tensor, and every element of a summed tensor the same number.
+    """
+    seen: set[int] = set()
+    own = []
+    for grad in grads:
+        storage = grad.untyped_storage().data_ptr()
+        overlaps = any(stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True))
+        own.append(grad.clone(memory_format=torch.contiguous_format) if overlaps or storage in seen else grad)
+        seen.add(storage)
+    return own
+
+
 def rows(values: Tensor, like: Tensor) -> Tensor:
     """Shape one value per model ``[num_models]`` to broadcast over ``like`` ``[num_models, ...]``.
 

@@ -28,6 +28,7 @@ from mb_torch.state import (
 )
 from mb_torch.targets import batch_length, check_targets_may_be_shared, loss_accepts, of_first_model, targets_are_shared
 from mb_torch.train_step import PlainLoss, TrainStep, make_joint_step
+from mb_torch.trees import leaves_of, path_of_leaf
 
 _LEFT_OUT: Any = object()
 
@@ -228,10 +229,10 @@ class ModelBatch(nn.Module):
                     fix="Build it with ModelBatch(models, shared_input=False).",
                 )
             return
-        for path, leaf in pytree.tree_leaves_with_path(inputs):
+        for index, leaf in enumerate(leaves_of(inputs)):
             if isinstance(leaf, Tensor) and (leaf.dim() == 0 or leaf.shape[0] != self.num_models):
                 raise InvalidInput(
-                    f"input {pytree.keystr(path)} with shared_input=False",
+                    f"input {path_of_leaf(inputs, index)} with shared_input=False",
                     received=f"shape {tuple(leaf.shape)}",
                     expected=f"[{self.num_models}, batch, ...]",
                     fix="Give every model its own: for a shared tensor t, t.expand(num_models, *t.shape).",

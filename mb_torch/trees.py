@@ -30,6 +30,19 @@ def leaves_of(tree: Any) -> list[Any]:
     return pytree.tree_leaves(tree)
 
 
+def path_of_leaf(tree: Any, index: int) -> str:
+    """Say where a leaf is, for an error message.
+
+    Example:
+        >>> path_of_leaf({"x": [1, 2]}, 1)
+        "['x'][1]"
+    """
+    try:
+        return pytree.keystr(pytree.tree_leaves_with_path(tree)[index][0])
+    except ValueError:  # a container that was registered without names for its entries
+        return f"number {index}"
+
+
 def take_apart(tree: Any) -> tuple[list[Any], pytree.TreeSpec | None]:
     """Return a pytree's leaves and its structure, which is None for a tensor alone.
 

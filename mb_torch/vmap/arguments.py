@@ -116,6 +116,12 @@ class Arguments:
             ]
         )
 
+    def take_changes(self, copies: Arguments) -> None:
+        """Do to the tensors what was done in place to their copies."""
+        for leaf, copy in zip(self.leaves, copies.leaves, strict=True):
+            if isinstance(leaf, Tensor) and not copy.is_inference() and copy._version:
+                leaf.copy_(copy)
+
     def versions(self) -> list[int]:
         """Counts that grow when a tensor is changed in place; inference tensors have none."""
         return [leaf._version for leaf in self.leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]

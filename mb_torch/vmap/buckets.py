@@ -132,11 +132,15 @@ class Bucket:
         self.state = state
         self.models = models
         like = params[0]
-        full = like.dtype in (torch.float32, torch.float64)
+        full = self.is_full_precision()
         # In half precision 0.999 would round to 1, so rows of numbers stay float32 there, as scalars in torch.
         self.row_dtype = like.dtype if full else torch.float32
         alone = models is None and like.shape[0] == 1
         self.takes_floats = alone or (full and like.device.type == "cpu")
+
+    def is_full_precision(self) -> bool:
+        """Whether the parameters are float32 or float64."""
+        return self.params[0].dtype in (torch.float32, torch.float64)
 
     def is_contiguous(self) -> bool:
         """Whether every tensor lies in memory without gaps or another order of axes."""

@@ -18,6 +18,8 @@ T = TypeVar("T")
 
 # Graphs of one function (batch sizes, modes, settings) before torch gives up on compiling it; its own limit is 8.
 _GRAPHS = 64
+# A call whose graph turns out to be new is repeated, at most twice if guards see everything.
+_ATTEMPTS = 8
 
 
 class NotExamined(Exception):
@@ -76,10 +78,11 @@ class CompiledFunction(Generic[T]):
         if key not in self._latest:
             fresh = self._examine(dry_run, buffers)
             self._latest[key] = fresh[1]
-        while True:
-            self._expected, self._ran = (key, self._latest[key]), None
+        for _ in range(_ATTEMPTS):
+            known = self._latest[key]
+            self._expected, self._ran = (key, known), None
             try:
-                result = self._function(*arguments(self._latest[key]))
+                result = self._function(*arguments(known))
             except NotExamined as new:
                 if (new.graph, key) not in self._examined:
                     fresh = fresh or self._examine(dry_run, buffers)
@@ -92,13 +95,20 @@ class CompiledFunction(Generic[T]):
                         f"torch.compile failed: {' '.join(str(error).split()[:40])}", fix="Leave out enable_compile()."
                     ) from error
                 raise
-            known = self._latest[key]
-            if self._ran is None:
-                # Not compiled (torch gave up on it): nothing tells when the dry run has to be repeated.
-                del self._latest[key]
-            else:
-                self._models.trace = self._examined[self._ran, key][0]
+            self._finish(key, self._ran)
             return result, known
+        raise Unsupported(
+            "torch.compile: which parameters take part in the loss depends on something that the compiler does not see",
+            fix="Leave out enable_compile().",
+        )
+
+    def _finish(self, key: Hashable, graph: int | None) -> None:
+        """Set the map's trace to that of the graph that ran."""
+        if graph is None:
+            # Not compiled (torch gave up on it): nothing tells when the dry run has to be repeated.
+            del self._latest[key]
+        else:
+            self._models.trace = self._examined[graph, key][0]
 
     def _examine(self, dry_run: Callable[[], T], buffers: Sequence[Tensor]) -> tuple[Trace, T]:
         with _unchanged(buffers, self._models):
@@ -141,7 +151,7 @@ def _compiler(options: dict[str, Any]) -> Callable[..., Any]:
     def inductor(graph: Any, inputs: Any, mode: str | None = None, options: dict[str, Any] | None = None) -> Any:
         settings = dict(options or {})
         if mode is not None and mode != "default":
-            settings.update(torch._inductor.list_mode_options(mode))  # type: ignore[attr-defined]
+            settings.update(torch._inductor.list_mode_options(mode))
         return torch._inductor.compile_fx.compile_fx(graph, inputs, config_patches=settings or None)
 
     importlib.import_module("torch._inductor.compile_fx")

@@ -41,6 +41,7 @@ class Definition:
             slots[id(table), leaf] = (table, leaf, position[first])
         self._slots = list(slots.values())
         self._placeholders = [table[leaf] for table, leaf, _ in self._slots]
+        self._modules = list(prototype.modules())
         self._leftovers = Leftovers(prototype)
         self._gaps = find_gaps(prototype)
 
@@ -87,6 +88,12 @@ class Definition:
         finally:
             for gap in self._gaps:
                 gap.module.__class__ = gap.plain
+
+    def refuse_backward_hooks(self) -> None:
+        """Raise `RuntimeError` if a submodule has backward hooks, which do not run under vmap."""
+        for module in self._modules:
+            if module._backward_hooks or module._backward_pre_hooks:
+                raise RuntimeError(f"{self.module_name(module)} has backward hooks")
 
     def module_name(self, module: nn.Module) -> str | None:
         """The name of a submodule of the prototype, with its class; None if it is not one."""

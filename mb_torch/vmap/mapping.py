@@ -89,7 +89,18 @@ class ModelMap:
 
     @contextmanager
     def batchable(self) -> Iterator[None]:
-        """Within the block, submodules that vmap cannot run are of classes that it can."""
+        """Within the block, submodules that vmap cannot run are of classes that it can.
+
+        Raises:
+            RuntimeError: A submodule has backward hooks, which vmap would pass over in silence.
+        """
+        for definition in self.definitions:
+            definition.refuse_backward_hooks()
+        with self._swapped():
+            yield
+
+    @contextmanager
+    def _swapped(self) -> Iterator[None]:
         with ExitStack() as stack:
             for definition in self.definitions:
                 stack.enter_context(definition.batchable())
@@ -150,7 +161,7 @@ class ModelMap:
 
     def _drawing(self, keys: Tensor | None) -> AbstractContextManager[None]:
         """Where models draw from their own streams, layers that draw in native code must not run as they are."""
-        return nullcontext() if keys is None else self.batchable()
+        return nullcontext() if keys is None else self._swapped()
 
     def directly(
         self, tensors: list[list[Tensor]], keys: Tensor | None, arguments: Arguments
@@ -246,7 +257,10 @@ class Fallback:
         saved = [buffer.clone() for buffer in buffers]
         versions = arguments.versions()
         try:
-            result = at_once(arguments if proven else arguments.own_copies())
+            given = arguments if proven else arguments.own_copies()
+            result = at_once(given)
+            if not proven:
+                arguments.take_changes(given)
             self._proven.add(self._training)
             return result
         except (ModelBatchError, torch.OutOfMemoryError):

@@ -198,8 +198,12 @@ class StackedOptimizer(PerModelOptimizer):
                 update_bucket(self.rule, bucket, numbers, hyper.flags, active, look=look)
 
     def _fits_kernel(self, buckets: Sequence[Bucket]) -> bool:
-        # torch's kernels read any memory as if it were contiguous.
-        return self.num_models == 1 and self.rule.has_kernel and all(bucket.is_contiguous() for bucket in buckets)
+        # torch's kernels read any memory as if it were contiguous, and round half precision otherwise than its loops.
+        return (
+            self.num_models == 1
+            and self.rule.has_kernel
+            and all(bucket.is_contiguous() and bucket.is_full_precision() for bucket in buckets)
+        )
 
     def begin_update(self, present: Sequence[bool] | None = None, active: Tensor | None = None) -> PendingUpdate:
         """Return one step as inputs of a compiled function that calls `apply_updates`.

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from mb_torch.amp import GradScaler
 from mb_torch.backend import StepSpec
-from mb_torch.clipping import clip_gradients_, rows
+from mb_torch.clipping import clip_gradients_, rows, separate
 from mb_torch.errors import InvalidInput, Unsupported
 from mb_torch.vmap.arguments import Arguments
-from mb_torch.vmap.compiled_step import CompiledStep, Job, Used, trained_places
+from mb_torch.vmap.compiled_step import CompiledStep, Job, Place, Used, trained_places
 from mb_torch.vmap.definition import Definition
 from mb_torch.vmap.mapping import Fallback, ModelMap, check_loss, with_model_axis
 from mb_torch.vmap.optim import StackedOptimizer
@@ -41,12 +41,16 @@ class FusedStep:
         self._models = ModelMap([backend.definition for backend in backends], self._loss_of_one_model)
         self.fallback = Fallback(self._models.definitions)
         self._compiled: tuple[dict[str, Any], CompiledStep] | None = None
-        self._pending: Gradients | None = None
+        self._pending: dict[Place, Tensor] = {}
         self._pending_active: Tensor | None = None
         self._pending_calls = 0
         for definition, optimizer in zip(self._models.definitions, spec.optimizers, strict=True):
             if optimizer is not None:
                 _check_optimizer(definition, optimizer, spec)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A compiled function belongs to one object: a copy makes its own.
+        return {**self.__dict__, "_compiled": None}
 
     def __call__(self, inputs: Any, targets: Any, *, shared_targets: bool) -> tuple[Tensor, Any]:
         """Run one step; return the losses ``[num_models]`` and the loss's aux."""
@@ -85,9 +89,10 @@ class FusedStep:
     def flush(self) -> None:
         """Make an update of gradients accumulated so far, if there are any."""
         if self._pending_calls:
-            grads, active = self._pending, self._pending_active
-            self._pending, self._pending_active, self._pending_calls = None, None, 0
-            assert grads is not None
+            # A parameter that was frozen in between loses what it had.
+            grads = [self._pending.get(place) for place in trained_places(self._stacks())]
+            active = self._pending_active
+            self._pending, self._pending_active, self._pending_calls = {}, None, 0
             self._update(grads, active)
 
     def _loss_of_one_model(self, *args: Any) -> Tensor | tuple[Tensor, Any]:
@@ -150,6 +155,8 @@ class FusedStep:
         def at_once(arguments: Arguments) -> tuple[list[Tensor], Gradients]:
             compiled = self._compiled_step()
             if compiled is None and not any(backend.vectorises for backend in self.backends):
+                if any(stack._backward_hooks for own in stacks for stack in own):
+                    return one_by_one(arguments)
                 return self._differentiate_single(stacks, keys, arguments, scale)
             with self._models.batchable():
                 if compiled is None:
@@ -309,13 +316,14 @@ class FusedStep:
         if active is not None:
             # A frozen model adds nothing, not even a NaN.
             grads = [None if g is None else torch.where(rows(active, g), g, 0) for g in grads]
-        if self._pending is None:
-            self._pending = [None if g is None else g * share for g in grads]
+        for place, grad in zip(trained_places(self._stacks()), grads, strict=True):
+            if grad is not None:
+                total = self._pending.get(place)
+                self._pending[place] = grad * share if total is None else total.add_(grad, alpha=share)
+        if not self._pending_calls:
             self._pending_active = active
-        else:
-            self._pending = [_add(total, g, share) for total, g in zip(self._pending, grads, strict=True)]
-            joint = None if active is None or self._pending_active is None else self._pending_active | active
-            self._pending_active = joint
+        elif self._pending_active is not None:
+            self._pending_active = None if active is None else self._pending_active | active
         self._pending_calls += 1
         if self._pending_calls == self.spec.accumulate:
             self.flush()
@@ -324,6 +332,9 @@ class FusedStep:
         """Unscale, clip and apply gradients given for all trained stacks in a row."""
         trained = self._trained()
         scaler = self.spec.scaler
+        if scaler is not None or self.spec.clip_norm is not None:
+            present = iter(separate([g for g in grads if g is not None]))
+            grads = [None if g is None else next(present) for g in grads]
         if isinstance(scaler, torch.amp.GradScaler):
             self._update_through(scaler, trained, grads)
             return
@@ -400,12 +411,6 @@ def _check_optimizer(definition: Definition, optimizer: torch.optim.Optimizer, s
             f"a {type(optimizer).__name__} over stacked parameters updates all models or none",
             fix="For active= and for one scale per model make the optimizer with OptimizerFactory.",
         )
-
-
-def _add(total: Tensor | None, grad: Tensor | None, share: float) -> Tensor | None:
-    if grad is None:
-        return total
-    return grad * share if total is None else total.add_(grad, alpha=share)
 
 
 def _join_gradients(plan: Plan, parts: list[Gradients]) -> Gradients:
