@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -54,15 +55,16 @@ def load_states(folder: str | os.PathLike[str], num_models: int) -> list[ModelSt
     numbers = (re.fullmatch(r"model_(\d+)\.pt", entry.name) for entry in folder.iterdir())
     extra = sum(1 for number in numbers if number and int(number[1]) >= num_models)
     if extra:
-        _LOGGER.warning("%s holds %d more model files than the %d models to load", folder, extra, num_models)
+        _LOGGER.warning("%s: %d model files beyond the %d models to load were left alone", folder, extra, num_models)
     return [_load(_file(folder, i)) for i in range(num_models)]
 
 
 def save_atomically(value: Any, path: Path) -> None:
     """``torch.save`` to a temporary file beside ``path``, flush it to disk, then rename it over ``path``."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A name of its own for every call: threads and machines may save to one folder.
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     try:
-        with temporary.open("wb") as stream:
+        with temporary.open("xb") as stream:
             torch.save(value, stream)
             stream.flush()
             os.fsync(stream.fileno())

@@ -276,6 +276,13 @@ def _check_state(
                 expected="a tensor",
                 fix=nothing_loaded,
             )
+        if value.is_meta or value.layout != torch.strided:
+            raise InvalidState(
+                f"state of model {index}, key {key!r}",
+                received="a tensor on the meta device" if value.is_meta else f"a tensor of layout {value.layout}",
+                expected="a dense tensor with values",
+                fix=nothing_loaded,
+            )
         if value.shape != stack.shape[1:] or value.dtype != stack.dtype:
             raise InvalidState(
                 f"state of model {index}, key {key!r}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 # Before torch is imported, because it reads these once. One thread a process: the workers share the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -37,3 +38,15 @@ def _same_start() -> Iterator[None]:
     before = _process_settings()
     yield
     assert _process_settings() == before
+
+
+@pytest.fixture
+def dynamo() -> Iterator[Any]:
+    """Dynamo's counters, from zero."""
+    import torch._dynamo
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    yield counters
+    torch._dynamo.reset()

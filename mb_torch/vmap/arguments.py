@@ -71,6 +71,11 @@ class Arguments:
         return tuple(trees)
 
     @property
+    def shapes(self) -> tuple[Any, ...]:
+        """The shape of every tensor; None for other leaves."""
+        return tuple(leaf.shape if isinstance(leaf, Tensor) else None for leaf in self.leaves)
+
+    @property
     def dims(self) -> tuple[int | None, ...]:
         """The ``in_dims`` of vmap for each leaf."""
         return tuple(0 if mapped else None for mapped in self.mapped)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -68,25 +68,29 @@ class CompiledStep:
         self._training: CompiledFunction[Used] = CompiledFunction(models, self._train, options)
 
     def gradients(
-        self, job: Job, dry_run: Callable[[], Used], buffers: Sequence[Tensor]
+        self, job: Job, shapes: Hashable, dry_run: Callable[[], Used], buffers: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
         """Return outputs, replaced buffers and for each trained stack its gradient, None where it takes no part.
 
         Args:
             job: What to work on.
+            shapes: Those of the arguments.
             dry_run: Says which trained stacks get a gradient.
             buffers: All buffers among the stacks.
         """
         plain = [[stack.detach() for stack in own] for own in job.stacks]
         places = trained_places(job.stacks)
         result: Result
-        result, used = self._gradients(places, lambda used: (job._replace(stacks=plain), used), dry_run, buffers)
+        result, used = self._gradients(
+            (places, shapes), lambda used: (job._replace(stacks=plain), used), dry_run, buffers
+        )
         grads = dict(zip(used, result.grads, strict=True))
         return result.outputs, result.replaced, [grads.get(place) for place in places]
 
     def train(
         self,
         job: Job,
+        shapes: Hashable,
         optimizers: Sequence[StackedOptimizer | None],
         clip_norm: float | Tensor | None,
         active: Tensor | None,
@@ -97,6 +101,7 @@ class CompiledStep:
 
         Args:
             job: What to work on; the stacks are updated.
+            shapes: Those of the arguments.
             optimizers: One per definition, or None; their stacks are the trained ones, in order.
             clip_norm: As in `mb_torch.make_joint_step`.
             active: As there.
@@ -122,7 +127,7 @@ class CompiledStep:
             return job._replace(stacks=plain), used, inputs, bound, active
 
         result: Result
-        result, _ = self._training(places, arguments, dry_run, buffers)
+        result, _ = self._training((places, shapes), arguments, dry_run, buffers)
         for optimizer, pending in updates:
             optimizer.finish_update(pending)
         return result.outputs, result.replaced

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
@@ -85,7 +86,10 @@ class VmapBackend:
     def _run_parts(self, plan: Plan, stacks: list[Tensor], keys: Tensor | None, arguments: Arguments) -> list[Tensor]:
         own = plan.split(stacks)
         shares = zip(own, plan.split_vector(keys), plan.split_arguments(arguments), strict=True)
-        outputs = [self._run(stacks, key, share.own_copies(only_shared=True)) for stacks, key, share in shares]
+        with warnings.catch_warnings():
+            # Dynamo looks at this attribute of its inputs, and the shares of the stacks are no leaves.
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
+            outputs = [self._run(stacks, key, share.own_copies(only_shared=True)) for stacks, key, share in shares]
         first_buffer = self.definition.num_parameters
         plan.write_back(stacks[first_buffer:], [part[first_buffer:] for part in own])
         return plan.join(outputs)
@@ -111,7 +115,7 @@ class VmapBackend:
                     self._models.at_once([stacks], keys, arguments.own_copies().trees, arguments.dims, size)
 
                 given = ([stacks], keys, arguments.trees, arguments.dims, size)
-                return self._compiled(None, lambda _: given, dry_run, buffers)[0]
+                return self._compiled(arguments.shapes, lambda _: given, dry_run, buffers)[0]
 
         outputs, replaced = self._fallback.run(
             at_once, lambda arguments: self._models.one_by_one([stacks], keys, arguments), arguments, buffers

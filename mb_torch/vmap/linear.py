@@ -9,12 +9,16 @@ written so that its result lies as the weight does, and the bias is added in pla
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch.autograd import forward_ad
 
 from mb_torch.vmap.functorch_state import mapped_models
 
@@ -38,8 +42,11 @@ class StackedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(inputs, weight)
-        outputs = torch.bmm(_for_each(inputs, weight), weight.mT)
+        # Only what a gradient needs is kept: the rest may be changed in place, and its memory is free.
+        of_inputs, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(inputs if of_weight else None, weight if of_inputs else None)
+        ctx.shared_inputs = inputs.dim() == 2
+        outputs = torch.bmm(_for_each(inputs, len(weight)), weight.mT)
         return outputs if bias is None else outputs.add_(bias.unsqueeze(1))
 
     @staticmethod
@@ -47,26 +54,46 @@ class StackedLinear(torch.autograd.Function):
         (grad,) = grads
         inputs, weight = ctx.saved_tensors
         of_inputs = of_weight = of_bias = None
-        if ctx.needs_input_grad[0]:
-            if inputs.dim() == 3:
-                of_inputs = torch.bmm(grad, weight.conj())
-            else:
-                # The sum over models too is part of one product.
-                of_inputs = grad.transpose(0, 1).flatten(1) @ weight.conj().flatten(0, 1)
+        if ctx.needs_input_grad[0] and ctx.shared_inputs:
+            # The sum over models too is part of one product.
+            num_models, rows, features = grad.shape
+            joined = grad.transpose(0, 1).reshape(rows, num_models * features)
+            of_inputs = torch.mm(joined, weight.conj().reshape(num_models * features, weight.shape[2]))
+        elif ctx.needs_input_grad[0]:
+            of_inputs = torch.bmm(grad, weight.conj())
         if ctx.needs_input_grad[1]:
-            of_weight = torch.bmm(grad.mT, _for_each(inputs, weight).conj())
+            of_weight = torch.bmm(grad.mT, _for_each(inputs, len(grad)).conj())
         if ctx.needs_input_grad[2]:
             of_bias = grad.sum(1)
         return of_inputs, of_weight, of_bias
 
 
-def _for_each(inputs: Tensor, weight: Tensor) -> Tensor:
-    return inputs if inputs.dim() == 3 else inputs.expand(len(weight), *inputs.shape)
+def _for_each(inputs: Tensor, num_models: int) -> Tensor:
+    return inputs if inputs.dim() == 3 else inputs.expand(num_models, *inputs.shape)
+
+
+class _Switch(threading.local):
+    """Whether a pass of a batch runs in this thread."""
+
+    on = False
+
+
+_switch = _Switch()
+
+
+@contextmanager
+def stacked_linear() -> Iterator[None]:
+    """Within the block, ``linear`` under one vmap is `StackedLinear`; elsewhere it stays what torch makes of it."""
+    before, _switch.on = _switch.on, True
+    try:
+        yield
+    finally:
+        _switch.on = before
 
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """What ``torch.nn.functional.linear`` does under torch.func: `StackedLinear` in eager passes of a batch."""
-    stacked = None if torch.compiler.is_compiling() else _linear_of_stacks(inputs, weight, bias)
+    """What ``torch.nn.functional.linear`` does under torch.func: `StackedLinear` within `stacked_linear`."""
+    stacked = _linear_of_stacks(inputs, weight, bias) if _switch.on else None
     if stacked is not None:
         return stacked
     # Otherwise what torch does, written out because the rule that this one replaces cannot be called any more.
@@ -78,6 +105,11 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 def _linear_of_stacks(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """The result where each model has a weight (and a bias) of its own and only one vmap is in force; else None."""
     if mapped_models() is None or inputs.dim() == 0 or weight.dim() != 2:
+        return None
+    if bias is not None and bias.dtype != weight.dtype:
+        # vmap adds any bias to the product; plain PyTorch refuses.
+        raise RuntimeError(f"linear: the weight is {weight.dtype}, the bias {bias.dtype}")
+    if forward_ad._current_level >= 0:
         return None
     interpreter = retrieve_current_functorch_interpreter()
     level = interpreter.level()

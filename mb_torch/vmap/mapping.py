@@ -17,6 +17,7 @@ from mb_torch.trees import put_together, take_apart
 from mb_torch.vmap.arguments import Arguments
 from mb_torch.vmap.autocast import honoured_autocast
 from mb_torch.vmap.definition import Definition
+from mb_torch.vmap.linear import stacked_linear
 from mb_torch.vmap.rng import seeded
 
 T = TypeVar("T")
@@ -157,7 +158,8 @@ class ModelMap:
         # The anchor gives vmap its size where nothing else is mapped.
         in_dims = (0, None if keys is None else 0, 0, 0)
         run = torch.vmap(one, in_dims=in_dims, randomness=randomness(keys))
-        return run(tensors, keys, mapped, torch.empty(size, 0))
+        with nullcontext() if torch.compiler.is_compiling() else stacked_linear():
+            return run(tensors, keys, mapped, torch.empty(size, 0))
 
     def _drawing(self, keys: Tensor | None) -> AbstractContextManager[None]:
         """Where models draw from their own streams, layers that draw in native code must not run as they are."""

@@ -265,14 +265,7 @@ class StackedOptimizer(PerModelOptimizer):
             raise InvalidInput(
                 "param_groups", received=f"{len(groups)} groups", expected=f"{self.num_models}, one per model"
             )
-        columns: dict[str, list[float]] = {}
-        for place, key in enumerate(rule.numbers):
-            given = [group[place] for group in groups]
-            if key == "betas":
-                columns["beta1"] = _numbers([_item(value, 0) for value in given], key)
-                columns["beta2"] = _numbers([_item(value, 1) for value in given], key)
-            else:
-                columns[key] = _numbers(given, key)
+        columns = self._columns(groups)
         switches = {
             key: self._common([bool(group[len(rule.numbers) + place]) for group in groups], key)
             for place, key in enumerate(rule.switches)
@@ -283,6 +276,18 @@ class StackedOptimizer(PerModelOptimizer):
         reusable = not any(isinstance(value, (Tensor, list)) for group in groups for value in _flat(group))
         self._hyper = _Hyper(groups, columns, values, flags, reusable)
         return self._hyper
+
+    def _columns(self, groups: Sequence[Sequence[Any]]) -> dict[str, list[float]]:
+        """Every number over the models; ``groups`` holds them in the order of the rule."""
+        columns: dict[str, list[float]] = {}
+        for place, key in enumerate(self.rule.numbers):
+            given = [group[place] for group in groups]
+            if key == "betas":
+                columns["beta1"] = _numbers([_item(value, 0) for value in given], key)
+                columns["beta2"] = _numbers([_item(value, 1) for value in given], key)
+            else:
+                columns[key] = _numbers(given, key)
+        return columns
 
     def _value(self, name: str, column: list[float]) -> Value:
         seen = self._hyper
@@ -422,6 +427,7 @@ class StackedOptimizer(PerModelOptimizer):
             upgraded = self._upgraded(model, part["param_groups"][0])
             groups[model] = {**upgraded, "params": groups[model]["params"]}
         self._check_switches(groups)
+        self._check_numbers(groups)
         for model, part in parts.items():
             self._stacked_state.check(model, part["state"], groups[model])
         counts = [self._stacked_state.counts(position) for position in range(len(self._stacks))]
@@ -445,6 +451,12 @@ class StackedOptimizer(PerModelOptimizer):
         if upgraded.get("differentiable"):
             raise InvalidState(where, received="differentiable=True", expected="differentiable=False")
         return upgraded
+
+    def _check_numbers(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        try:
+            self._columns([[group[key] for key in self.rule.numbers] for group in groups])
+        except InvalidInput as error:
+            raise InvalidState(f"{error} Nothing was loaded.") from error
 
     def _check_switches(self, groups: Sequence[Mapping[str, Any]]) -> None:
         for key in self.rule.switches:
@@ -479,7 +491,8 @@ def _flat(values: Sequence[Any]) -> Iterator[Any]:
 
 
 def _item(pair: Any, place: int) -> Any:
-    return pair[place] if isinstance(pair, (tuple, list)) and len(pair) == 2 else pair
+    # What is no pair is left for `_numbers` to refuse.
+    return pair[place] if isinstance(pair, (tuple, list)) and len(pair) == 2 else (pair,)
 
 
 def _numbers(values: Sequence[Any], key: str) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -261,6 +262,8 @@ def _check_entry(where: str, value: Any, stack: Stack, *, counter: bool) -> None
     if counter:
         if not isinstance(value, (int, float)) and not (isinstance(value, Tensor) and value.numel() == 1):
             _refuse(where, type(value).__name__, "a number")
+        if not math.isfinite(float(value)):
+            _refuse(where, str(float(value)), "a finite number")
     elif isinstance(value, Tensor):
         check_shape(where, value, stack.parameter.shape[1:])
         if value.is_complex() != stack.parameter.is_complex():
@@ -270,7 +273,9 @@ def _check_entry(where: str, value: Any, stack: Stack, *, counter: bool) -> None
 
 
 def check_shape(where: str, value: Tensor, shape: torch.Size) -> None:
-    """Raise `InvalidState` unless a state tensor has its parameter's shape."""
+    """Raise `InvalidState` unless a state tensor has values, and its parameter's shape."""
+    if value.is_meta or value.layout != torch.strided:
+        _refuse(where, f"a tensor of layout {value.layout} on {value.device}", "a dense tensor with values")
     if value.shape != shape:
         _refuse(where, f"shape {list(value.shape)}", f"shape {list(shape)}")
 

@@ -164,7 +164,9 @@ class FusedStep:
                     grads = self._backward(outputs[0], stacks, scale)
                 else:
                     job = Job(stacks, keys, arguments.trees, arguments.dims, size, scale)
-                    outputs, replaced, grads = compiled.gradients(job, self._dry_run(job, arguments), buffers)
+                    outputs, replaced, grads = compiled.gradients(
+                        job, arguments.shapes, self._dry_run(job, arguments), buffers
+                    )
             self._keep_replaced(stacks, replaced)
             return outputs, grads
 
@@ -199,7 +201,15 @@ class FusedStep:
         # The backward pass of an operation runs in the type that autocast chose for its forward pass.
         with torch.autocast(losses.device.type, enabled=False):
             ones = torch.ones_like(scaled) if scaled.dim() else None
-            return list(torch.autograd.grad(scaled, trained, ones, allow_unused=True))
+            try:
+                return list(torch.autograd.grad(scaled, trained, ones, allow_unused=True))
+            except RuntimeError as error:
+                if "device meta" not in str(error):
+                    raise
+                raise Unsupported(
+                    "the backward pass runs a part of the model again, which has no parameters by then",
+                    fix="Leave out torch.utils.checkpoint; chunk_size= bounds the memory of a batch.",
+                ) from error
 
     def _loss_scale(self) -> Tensor | None:
         """Factors of the losses ``[num_models]`` that the scaler asks for, or None."""
@@ -241,6 +251,7 @@ class FusedStep:
             with self._models.batchable():
                 outputs, replaced = compiled.train(
                     job,
+                    arguments.shapes,
                     self.spec.optimizers,  # type: ignore[arg-type]
                     self.spec.clip_norm,
                     active,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch.nn.functional import linear
 
 import mb_torch.vmap.batching_rules  # noqa: F401  registers the rule under test
 from mb_torch import ModelBatch
-from mb_torch.vmap.linear import StackedLinear
+from mb_torch.vmap.linear import StackedLinear, stacked_linear
 from tests.compare import assert_close
 
 NUM_MODELS = 3
@@ -61,7 +62,8 @@ def test_values_and_gradients(case: str, dtype: torch.dtype, bias: bool) -> None
     shape, axis = INPUTS[case]
     inputs, *stacks = tensors(shape, dtype)
     stacks = stacks if bias else stacks[:1]
-    outputs = vmap(linear, in_dims=(axis, *[0] * len(stacks)))(inputs, *stacks)
+    with stacked_linear():
+        outputs = vmap(linear, in_dims=(axis, *[0] * len(stacks)))(inputs, *stacks)
     expected = one_by_one(inputs, axis, *stacks)
     assert_close(outputs, expected, **EXACT)
     assert "StackedLinearBackward" in operations(outputs)
@@ -120,7 +122,61 @@ def outer_gradient(inputs: Tensor, weight: Tensor, bias: Tensor) -> tuple[Any, A
     return grad(loss)(weight), torch.autograd.grad(one_by_one(inputs, 0, weight, bias).square().sum(), weight)[0]
 
 
+@pytest.mark.parametrize("on", [True, False])
 @pytest.mark.parametrize("how", [shared_weight, shared_bias, nested, inner_gradient, outer_gradient])
-def test_other_uses_of_vmap_are_as_before(how: Any) -> None:
-    found, expected = how(*tensors((NUM_MODELS, 5, 4)))
+def test_other_uses_of_vmap_are_as_before(how: Any, on: bool) -> None:
+    with stacked_linear() if on else nullcontext():
+        found, expected = how(*tensors((NUM_MODELS, 5, 4)))
     assert_close(found, expected, **EXACT)
+
+
+def test_outside_of_a_batch_torch_is_left_alone() -> None:
+    inputs, weight, bias = tensors((5, 4))
+    assert "StackedLinearBackward" not in operations(vmap(linear, in_dims=(None, 0, 0))(inputs, weight, bias))
+    with stacked_linear():
+        pass
+    assert "StackedLinearBackward" not in operations(vmap(linear, in_dims=(None, 0, 0))(inputs, weight, bias))
+
+
+def test_only_what_gradients_need_is_kept() -> None:
+    """A weight may be updated before another backward pass, a frozen layer's input may be changed in place."""
+    batch = ModelBatch([nn.Linear(4, 1) for _ in range(NUM_MODELS)])
+    inputs = torch.randn(5, 4)
+    first, second = batch(inputs).sum(), batch(2 * inputs).sum()
+    first.backward()
+    torch.optim.SGD(batch.parameters(), lr=0.1).step()
+    second.backward()
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.frozen = nn.Linear(4, 4), nn.Linear(4, 4).requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.inner(x)
+            return hidden.add_(self.frozen(hidden))
+
+    models = [Residual() for _ in range(NUM_MODELS)]
+    residuals = ModelBatch(models)
+    residuals(inputs).sum().backward()
+    for index, model in enumerate(models):
+        model(inputs).sum().backward()
+        assert_close(residuals.stacked_params["inner.weight"].grad[index], model.inner.weight.grad)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
+def test_jacobians_of_a_batch(strategy: str) -> None:
+    models = [nn.Linear(4, 2) for _ in range(NUM_MODELS)]
+    batch, inputs = ModelBatch(models), torch.randn(5, 4)
+    jacobian = torch.autograd.functional.jacobian
+    found = jacobian(batch, inputs, vectorize=True, strategy=strategy)
+    assert_close(found, torch.stack([jacobian(model, inputs) for model in models]))
+
+
+def test_what_plain_pytorch_refuses_is_refused() -> None:
+    models = [nn.Linear(4, 2) for _ in range(NUM_MODELS)]
+    for model in models:
+        model.bias = nn.Parameter(model.bias.detach().double())
+    with pytest.raises(RuntimeError, match="dtype|type"):
+        ModelBatch(models)(torch.randn(5, 4))

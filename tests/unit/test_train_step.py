@@ -1,4 +1,4 @@
-"""The training step on the default backend: fallbacks, compilation, memory, and what it leaves behind."""
+"""The training step on the default backend: fallbacks, gradients, memory, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import gc
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from mb_torch import GradScaler, InvalidInput, ModelBatch, OptimizerFactory, Unsupported, make_joint_step
 from tests.compare import assert_close, assert_equal
@@ -133,7 +134,7 @@ def test_the_report_says_why_models_run_one_by_one() -> None:
 
 
 def test_the_report_lists_training_steps_apart() -> None:
-    mb = ModelBatch(build(small))
+    mb = ModelBatch(build(mlp))
 
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(outputs, targets) * outputs.max().item()
@@ -260,184 +261,6 @@ def test_models_that_return_different_forms_are_refused(kind: str) -> None:
         mb(INPUTS)
 
 
-# Compilation
-
-
-@pytest.fixture
-def dynamo() -> Iterator[Any]:
-    """Dynamo's counters, from zero."""
-    import torch._dynamo
-    from torch._dynamo.utils import counters
-
-    torch._dynamo.reset()
-    counters.clear()
-    yield counters
-    torch._dynamo.reset()
-
-
-def compiles(counters: Any) -> int:
-    return int(counters["stats"]["unique_graphs"])
-
-
-def small() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
-
-
-# "eager" traces and guards as any other backend does, without the minutes that a C++ compiler takes.
-@pytest.mark.parametrize("count", [1, 3])
-def test_compiled_models_give_the_same_and_compile_once(dynamo: Any, count: int) -> None:
-    models = build(small, count)
-    mb = ModelBatch(models)
-    mb.enable_compile(backend="eager")
-    for index, (inputs, targets) in enumerate(BATCHES):
-        outputs = mb(inputs)
-        expected = torch.stack([model(inputs) for model in models])
-        assert_close(outputs, expected)
-        mb.compute_loss(outputs, targets, F.cross_entropy, "sum").backward()
-        torch.stack([F.cross_entropy(own, targets) for own in expected]).sum().backward()
-        if index == 0:
-            first = compiles(dynamo)
-    assert compiles(dynamo) == first >= 1
-    assert_close([dict(state) for state in mb.get_model_states()], states(models))
-    for name, parameter in mb.stacked_params.items():
-        assert_close(parameter.grad, torch.stack([dict(model.named_parameters())[name].grad for model in models]))
-
-
-@pytest.mark.parametrize("optimizer_cls", [torch.optim.SGD, torch.optim.Adam])
-@pytest.mark.parametrize("seeds", [None, [1, 2, 3]])
-def test_a_compiled_step_gives_the_same_and_compiles_once(dynamo: Any, optimizer_cls: Any, seeds: Any) -> None:
-    # In double precision: Adam magnifies the rounding of a gradient that is zero by construction.
-    models = [model.double() for model in build(small)]
-    results = []
-    for compiled in (False, True):
-        mb = ModelBatch(models, seeds=seeds)
-        if compiled:
-            mb.enable_compile(backend="eager")
-        # A larger eps for the same reason.
-        options = {"eps": 1e-4} if optimizer_cls is torch.optim.Adam else {}
-        configs = [{"lr": 0.01 * (i + 1), **options} for i in range(3)]
-        optimizer = OptimizerFactory(optimizer_cls).create_optimizer(mb, configs)
-        step = mb.make_train_step(F.cross_entropy, optimizer, clip_norm=0.5)
-        losses = []
-        for index, batch in enumerate(BATCHES * 2):
-            if index == 4:
-                optimizer.param_groups[1]["lr"] = 0.001
-            losses.append(step(batch[0].double(), batch[1]))
-            if index == 1:
-                warm = compiles(dynamo)
-        results.append(everything(mb, optimizer, losses))
-    assert compiles(dynamo) == warm >= 1
-    assert_close(results[1], results[0], atol=1e-9, rtol=1e-9)
-
-
-def test_compiled_steps_follow_active_and_loss_arguments_without_compiling(dynamo: Any) -> None:
-    def loss(outputs: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-        return weight * F.cross_entropy(outputs, targets)
-
-    models, results = build(small), []
-    for compiled in (False, True):
-        mb = ModelBatch(models)
-        if compiled:
-            mb.enable_compile(backend="eager")
-        optimizer = sgd_for(mb)
-        step = mb.make_train_step(loss, optimizer, loss_args={"weight": torch.ones(3)}, active=torch.ones(3).bool())
-        losses = []
-        for index, batch in enumerate(BATCHES * 2):
-            losses.append(step(*batch))
-            if index == 1:
-                warm = compiles(dynamo)
-            step.loss_args["weight"] = torch.tensor([1.0, 2.0 + index, 0.5])
-            step.active = torch.tensor([True, index % 2 == 0, True])
-        results.append(everything(mb, optimizer, losses))
-    assert compiles(dynamo) == warm
-    assert_close(results[1], results[0])
-
-
-@pytest.mark.parametrize("steps", [1, 3])
-def test_a_compiled_batch_in_evaluation(dynamo: Any, steps: int) -> None:
-    models = [model.eval() for model in build(small)]
-    mb = ModelBatch(models)
-    mb.enable_compile(backend="eager")
-    with torch.no_grad():
-        for _ in range(steps):
-            assert_close(mb(INPUTS), torch.stack([model(INPUTS) for model in models]))
-    assert compiles(dynamo) == 1
-
-
-def test_compiled_dropout_differs_between_models_and_steps(dynamo: Any) -> None:
-    for seeds in (None, [1, 2, 3]):
-        mb = ModelBatch(build(lambda: nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5))), seeds=seeds)
-        mb.enable_compile(backend="eager")
-        first, second = mb(INPUTS) == 0, mb(INPUTS) == 0
-        assert not torch.equal(first, second)
-        assert not torch.equal(first[0], first[1])
-
-
-def test_with_seeds_compiled_models_draw_what_others_draw(dynamo: Any) -> None:
-    models = build(lambda: nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5)))
-    plain, compiled = (ModelBatch(models, seeds=[1, 2, 3]) for _ in range(2))
-    compiled.enable_compile(backend="eager")
-    for _ in range(3):
-        assert_close(compiled(INPUTS), plain(INPUTS))
-
-
-def test_an_unknown_compiler_is_an_error_of_torch() -> None:
-    mb = ModelBatch(build(small))
-    mb.enable_compile(backend="no such compiler")
-    with pytest.raises(Exception, match="no such compiler"):
-        mb(INPUTS)
-
-
-def test_a_compiler_that_fails_is_not_mistaken_for_a_model_that_cannot_be_batched(dynamo: Any) -> None:
-    def no_compiler(graph: Any, inputs: Any) -> Any:
-        raise RuntimeError("no compiler on this machine")
-
-    models = build(small)
-    mb = ModelBatch(models)
-    mb.enable_compile(backend=no_compiler)
-    with pytest.raises(Unsupported, match="torch.compile failed.*no compiler on this machine"):
-        mb(INPUTS)
-    assert mb.backend_report()["runs"] == "vmap"
-
-
-inductor = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-
-
-@inductor
-@pytest.mark.long
-@pytest.mark.parametrize("count", [1, 3])
-def test_the_default_compiler_trains_like_the_loop(dynamo: Any, count: int) -> None:
-    models = build(small, count)
-    mb = ModelBatch(models)
-    mb.enable_compile()
-    optimizer = sgd_for(mb)
-    step = mb.make_train_step(F.cross_entropy, optimizer)
-    losses = [step(*BATCHES[0])]
-    warm = compiles(dynamo)
-    losses += [step(*batch) for batch in BATCHES[1:]]
-    assert compiles(dynamo) == warm
-    assert_close(everything(mb, optimizer, losses), as_tree(train_alone(models, BATCHES, classify)))
-
-
-@inductor
-@pytest.mark.long
-def test_the_default_compiler_in_the_eager_loop(dynamo: Any) -> None:
-    models = build(small)
-    mb = ModelBatch(models)
-    mb.enable_compile()
-    optimizer, losses = sgd_for(mb), []
-    for index, (inputs, targets) in enumerate(BATCHES):
-        optimizer.zero_grad()
-        own = mb.compute_loss(mb(inputs), targets, F.cross_entropy, "none")
-        own.sum().backward()
-        optimizer.step()
-        losses.append(own.detach())
-        if index == 0:
-            warm = compiles(dynamo)
-    assert compiles(dynamo) == warm
-    assert_close(everything(mb, optimizer, losses), as_tree(train_alone(models, BATCHES, classify)))
-
-
 # Memory
 
 
@@ -540,3 +363,97 @@ def test_autocast_around_the_step() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=use_autocast):
             results.append(everything(mb, optimizer, [step(*batch) for batch in BATCHES]))
     assert_close(results[1], results[0], atol=3e-2, rtol=3e-2)
+
+
+# Gradients that cannot be changed in place, hooks
+
+
+class Addends(nn.Module):
+    """Autograd gives both parameters the same gradient tensor, and the third one an expanded number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Parameter(torch.linspace(0.5, 1, 4)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = (x * (self.a + self.b)).sum(1, keepdim=True) + self.c.mean()
+        return torch.cat([rows, -rows, 2 * rows], 1)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("how", ["clip", "scaler", "stock scaler"])
+def test_shared_gradients_are_scaled_once(dynamo: Any, count: int, how: str, compiled: bool) -> None:
+    models = build(Addends, count)
+    mb = ModelBatch(models)
+    if compiled:
+        mb.enable_compile(backend="eager")
+    optimizer = sgd_for(mb)
+    scalers = {
+        "scaler": GradScaler(count, init_scale=64.0),
+        "stock scaler": torch.amp.GradScaler("cpu", init_scale=64.0),
+    }
+    step = mb.make_train_step(
+        F.cross_entropy, optimizer, clip_norm=0.01 if how == "clip" else None, scaler=scalers.get(how)
+    )
+    losses = [step(*batch) for batch in BATCHES]
+    expected = train_alone(models, BATCHES, classify, clip_norm=0.01 if how == "clip" else None)
+    assert_close(everything(mb, optimizer, losses), as_tree(expected))
+
+
+def test_accumulated_gradients_stay_with_their_parameters() -> None:
+    mb = ModelBatch(build(mlp))
+    step = mb.make_train_step(F.cross_entropy, sgd_for(mb), accumulate=3)
+    before = {name: stack.detach().clone() for name, stack in mb.stacked_params.items()}
+    step(*BATCHES[0])
+    mb.stacked_params["0.weight"].requires_grad_(False)
+    step(*BATCHES[1])
+    step.flush()
+    moved = {name: not torch.equal(stack, before[name]) for name, stack in mb.stacked_params.items()}
+    assert moved == {name: name != "0.weight" for name in before}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_backward_hooks_of_modules_run(count: int) -> None:
+    models = build(lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), count)
+    mb = ModelBatch(models)
+    for model in (mb.prototype, *models):
+        model[1].register_full_backward_hook(lambda module, inner, outer: (0.5 * inner[0],))
+    optimizer = sgd_for(mb)
+    step = mb.make_train_step(F.cross_entropy, optimizer)
+    with one_warning("1 (Tanh) has backward hooks") if count > 1 else nullcontext():
+        losses = [step(*batch) for batch in BATCHES]
+    assert_close(everything(mb, optimizer, losses), as_tree(train_alone(models, BATCHES, classify)))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_hooks_on_stacks_run(count: int) -> None:
+    mb = ModelBatch(build(mlp, count))
+    stack = mb.stacked_params["0.weight"]
+    stack.register_hook(lambda grad: grad * 0)
+    before = stack.detach().clone()
+    mb.make_train_step(F.cross_entropy, torch.optim.SGD(mb.parameters(), lr=0.1))(*BATCHES[0])
+    assert_equal(stack.detach(), before)
+
+
+def test_checkpointing_is_refused() -> None:
+    class Checkpointed(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(lambda x: super(Checkpointed, self).forward(x).tanh(), x, use_reentrant=False)
+
+    mb = ModelBatch(build(lambda: Checkpointed(4, 3), 1))
+    with pytest.raises(Unsupported, match="checkpoint"):
+        mb.make_train_step(F.cross_entropy, sgd_for(mb))(*BATCHES[0])
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_inputs_changed_in_place_are_changed_every_time(count: int) -> None:
+    class Doubles(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.mul_(2))
+
+    mb = ModelBatch(build(lambda: Doubles(4, 3), count), shared_input=False)
+    inputs = torch.ones(count, 2, 4)
+    for expected in (2.0, 4.0, 8.0):
+        mb(inputs)
+        assert inputs.unique().tolist() == [expected]
