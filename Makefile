@@ -2,6 +2,8 @@
 #   make demo       64 models on real data, a table and two plots
 #   make test       the tests, at most 10 minutes       make test-long   the long ones, at most 45
 #   make lint       ruff, mypy, import-linter           make bench       speed against the alternatives
+#   make setup      only the set-up                     make clean       remove it and what tools left
+# Options follow in ARGS: make demo ARGS="--help"
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,7 +19,7 @@ stage = @start=$$(date +%s); $(2); status=$$?; echo "== $(1): $$(( $$(date +%s) 
 .PHONY: help setup demo test test-long lint bench clean
 
 help:
-	@sed -n '1,4s/^# *//p' Makefile
+	@sed -n '1,6s/^# *//p' Makefile
 
 setup: $(BIN)/.installed-dev
 
@@ -45,7 +47,7 @@ clean:
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
 	@# Where venv cannot put pip into the environment (Debian without python3-venv), the outer pip does it.
-	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) \
+	@$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) \
 		&& $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
 
 # The build backend comes first and is used as installed, so that constraints.txt pins it as well.

@@ -130,25 +130,25 @@ class ByHandCompiled(ByHandRatePerModel):
 
     def __init__(self, workload: MLPs) -> None:
         super().__init__(workload)
-        # A tensor, because a changing Python number would compile the function anew at every step.
-        self.steps_done = torch.zeros((), dtype=torch.float64)
         self.compiled_step = torch.compile(self._step)
 
-    def _step(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _step(self, inputs: Tensor, targets: Tensor, correction1: Tensor, correction2: Tensor) -> Tensor:
         gradients, losses = self.gradients_and_losses(self.params, inputs, targets)
-        self.steps_done += 1
-        correction1 = 1 - BETA1**self.steps_done
-        correction2 = (1 - BETA2**self.steps_done).sqrt()
         for name, param in self.params.items():
             gradient, first, second = gradients[name], self.first[name], self.second[name]
             first.lerp_(gradient, 1 - BETA1)
             second.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
-            size = self.rates[name] / correction1.to(param.dtype)
-            param.sub_(size * first / (second.sqrt() / correction2.to(param.dtype) + EPS))
+            size = self.rates[name] / correction1
+            param.sub_(size * first / (second.sqrt() / correction2 + EPS))
         return losses
 
     def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        losses: Tensor = self.compiled_step(inputs, targets)
+        self.steps += 1
+        # Tensors, because changing Python numbers would compile the function anew at every step; made here, because
+        # the compiler would work out the powers anew for every few elements.
+        correction1 = torch.tensor(1 - BETA1**self.steps, dtype=inputs.dtype)
+        correction2 = torch.tensor((1 - BETA2**self.steps) ** 0.5, dtype=inputs.dtype)
+        losses: Tensor = self.compiled_step(inputs, targets, correction1, correction2)
         return losses
 
 

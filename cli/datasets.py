@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -52,6 +52,8 @@ class ImageData:
         validation_inputs: ``[validation_rows, 1, size, size]`` float32.
         validation_targets: ``[validation_rows]`` class numbers.
         num_classes: How many classes there are.
+        mean: What was subtracted from the pixels.
+        deviation: What they were then divided by.
     """
 
     train_inputs: Tensor
@@ -59,6 +61,8 @@ class ImageData:
     validation_inputs: Tensor
     validation_targets: Tensor
     num_classes: int
+    mean: float
+    deviation: float
 
     @property
     def image_size(self) -> int:
@@ -67,12 +71,8 @@ class ImageData:
 
     def to(self, dtype: torch.dtype) -> ImageData:
         """Return the same data with inputs of another dtype."""
-        return ImageData(
-            self.train_inputs.to(dtype),
-            self.train_targets,
-            self.validation_inputs.to(dtype),
-            self.validation_targets,
-            self.num_classes,
+        return replace(
+            self, train_inputs=self.train_inputs.to(dtype), validation_inputs=self.validation_inputs.to(dtype)
         )
 
 
@@ -182,4 +182,6 @@ def _standardised(
         (validation_images - mean) / deviation,
         validation_labels,
         NUM_CLASSES,
+        mean.item(),
+        deviation.item(),
     )

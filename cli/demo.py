@@ -73,7 +73,9 @@ def run_demo(settings: Settings, console: Console) -> None:
             print_comparison(console, grid, history, comparison, compiled=settings.compile)
     with _writing(settings.output):
         options = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
-        write_results(settings.output / "results.json", options, grid, task.seeds, history, comparison)
+        options["models"] = grid.num_models
+        inputs = {"mean": data.mean, "deviation": data.deviation}
+        write_results(settings.output / "results.json", options, inputs, grid, task.seeds, history, comparison)
     print_line(console, _describe_output(settings, data, rank(history)[0]))
 
 
@@ -97,7 +99,7 @@ def _train(settings: Settings, task: Task, console: Console) -> tuple[ModelBatch
 
         def on_epoch(history: History) -> None:
             best = history.validation_accuracy[-1].max()
-            progress.say(f"epoch {len(history.seconds)}/{epochs}, best validation accuracy {best:.2%}")
+            progress.say(f"epoch {len(history.seconds)}/{epochs}, its best validation accuracy {best:.2%}")
 
         return train_at_once(
             task,
@@ -153,6 +155,8 @@ def _describe_output(settings: Settings, data: ImageData, best: int) -> str:
         "    import torch; from cli.models import make_model\n"
         f"    model = make_model({shape})\n"
         f"    model.load_state_dict(torch.load({str(weights / f'model_{best}.pt')!r}, weights_only=True))\n"
+        f"    scores = model((images - {data.mean:.6g}) / {data.deviation:.6g})"
+        f"  # images: float pixels [rows, 1, {data.image_size}, {data.image_size}]\n"
         f"and all of them, into a ModelBatch of as many such models: mb.load_all({str(weights)!r})"
     )
 

@@ -51,13 +51,14 @@ def plot_curves(path: Path, title: str, grid: Grid, history: History) -> None:
         f"learning rate {short(configs[best]['lr'])}, weight decay {short(configs[best]['weight_decay'])}"
     )
     axes.plot(epochs, accuracy[best], color=HIGHLIGHT, linewidth=2.5, label=label, marker=marker)
-    axes.set(title=title, xlabel="epoch", ylabel="validation accuracy")
-    axes.set_xlim(*((epochs[0], epochs[-1]) if len(epochs) > 1 else (0, 2)))
+    axes.set(title=title, xlabel="epoch", ylabel="validation accuracy (scale stretched towards 100 %)")
+    axes.set_xlim(*((epochs[0], epochs[-1]) if len(epochs) > 1 else (0.5, 1.5)))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_yscale("function", functions=(_stretch, _unstretch))
-    axes.yaxis.set_major_locator(FixedLocator(ACCURACY_TICKS))
+    low, high = max(0.0, accuracy.min() - 0.05), min(1.0, accuracy.max() + 0.003)
+    axes.yaxis.set_major_locator(FixedLocator(_ticks(low, high)))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.set_ylim(max(0.0, accuracy.min() - 0.05), min(1.0, accuracy.max() + 0.003))
+    axes.set_ylim(low, high)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right")
@@ -106,6 +107,14 @@ def plot_heat_map(path: Path, title: str, grid: Grid, history: History) -> None:
     bar.set_label("validation accuracy")
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1))
     figure.savefig(path, dpi=150)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Accuracies to label between two: the fixed ones, or where few of them fit, evenly spaced whole percents."""
+    fitting = [tick for tick in ACCURACY_TICKS if low <= tick <= high]
+    if len(fitting) >= 4:
+        return fitting
+    return [tick for tick in MaxNLocator(nbins=6, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= tick <= high]
 
 
 def _stretch(accuracy: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 import mb_torch
-from cli.comparison import ACCURACY_TOLERANCE, WEIGHT_TOLERANCE, Comparison
+from cli.comparison import ACCURACY_TOLERANCE, NUDGES, WEIGHT_TOLERANCE, Comparison
 from cli.grid import Grid
 from cli.training import History
 
@@ -116,7 +116,7 @@ def print_comparison(console: Console, grid: Grid, history: History, comparison:
     print_line(
         console,
         f"{counted(grid.num_models, 'model')} one after another: {loop:.1f} s{part}, at once: {at_once:.1f} s "
-        f"({loop / at_once:.1f} times)",
+        f"({loop / at_once:.2g} times)",
         style="bold",
     )
     if compiled and history.start_up_seconds is not None:
@@ -145,8 +145,8 @@ def print_comparison(console: Console, grid: Grid, history: History, comparison:
     if comparison.rounding_effect is not None:
         print_line(
             console,
-            f"Unstable training amplifies rounding: model {worst} trained alone twice, from weights one rounding step "
-            f"apart, ends {100 * comparison.rounding_effect:.2f} points apart.",
+            f"Unstable training amplifies rounding: model {worst} trained alone from weights one rounding step apart "
+            f"ends up to {100 * comparison.rounding_effect:.2f} points apart (in {NUDGES} trials).",
         )
     if not comparison.accuracies_agree:
         warn(console, "less than half of the accuracies agree; please report it")
@@ -155,6 +155,7 @@ def print_comparison(console: Console, grid: Grid, history: History, comparison:
 def write_results(
     path: Path,
     settings: dict[str, Any],
+    inputs: dict[str, float],
     grid: Grid,
     seeds: Sequence[int],
     history: History,
@@ -165,6 +166,7 @@ def write_results(
     Args:
         path: The file; replaced whole or not at all.
         settings: The options of the run.
+        inputs: What was subtracted from all pixels, and what they were then divided by.
         grid: Hyper-parameters of the models.
         seeds: Seeds of their initial weights.
         history: What was measured after each epoch.
@@ -178,6 +180,7 @@ def write_results(
     }
     results = {
         "settings": settings,
+        "inputs": inputs,
         "versions": {
             "modelbatch-hybrid": mb_torch.__version__,
             "torch": torch.__version__,

@@ -163,7 +163,7 @@ def available_backends() -> list[str]:
 
 def resolve_backend_name(name: str | None) -> str:
     """Return the backend to use: the given name, else ``$MODELBATCH_BACKEND``, else ``"torch"``."""
-    source = "backend=" if name is not None else f"environment variable {ENVIRONMENT_VARIABLE}"
+    source = "backend" if name is not None else f"environment variable {ENVIRONMENT_VARIABLE}"
     chosen = name or os.environ.get(ENVIRONMENT_VARIABLE) or DEFAULT_BACKEND
     if chosen not in _REGISTRY:
         raise InvalidInput(source, received=repr(chosen), expected=f"one of {available_backends()}")

@@ -527,8 +527,21 @@ class ModelBatch(nn.Module):
     def enable_compile(self, **kwargs: Any) -> None:
         """Compile the vectorised models, and the steps of `make_train_step`, with ``torch.compile``.
 
+        The first call then takes ten seconds or more, and so does the first call with inputs of another shape: keep
+        batches at one size (``drop_last=True`` in a DataLoader, say), and do not compile where models get varying
+        numbers of rows. Learning rates, ``loss_args`` and ``active`` may change without compiling again.
+
         Args:
             **kwargs: Passed to ``torch.compile``.
+
+        Raises:
+            Unsupported: Later, by the first call, if the compiler fails.
+
+        Example:
+            >>> mb = ModelBatch([nn.Linear(4, 2) for _ in range(3)])
+            >>> mb.enable_compile(backend="eager")  # traces without generating code; leave it out for speed
+            >>> mb(torch.randn(8, 4)).shape
+            torch.Size([3, 8, 2])
         """
         self.backend.enable_compile(**kwargs)
 
