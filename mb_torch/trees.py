@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+_EMPTY = pytree.tree_structure({})
+
 
 def leaves_of(tree: Any) -> list[Any]:
     """Return the leaves of a pytree.
@@ -51,7 +53,11 @@ def take_apart(tree: Any) -> tuple[list[Any], pytree.TreeSpec | None]:
         >>> put_together([10 * leaf for leaf in leaves], structure)
         {'x': 10, 'y': 20}
     """
-    return ([tree], None) if isinstance(tree, Tensor) else pytree.tree_flatten(tree)
+    if isinstance(tree, Tensor):
+        return [tree], None
+    if type(tree) is dict and not tree:
+        return [], _EMPTY
+    return pytree.tree_flatten(tree)
 
 
 def put_together(leaves: Sequence[Any], structure: pytree.TreeSpec | None) -> Any:

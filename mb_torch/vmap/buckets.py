@@ -136,7 +136,7 @@ class Bucket:
         # In half precision 0.999 would round to 1, so rows of numbers stay float32 there, as scalars in torch.
         self.row_dtype = like.dtype if full else torch.float32
         alone = models is None and like.shape[0] == 1
-        self.takes_floats = alone or (full and like.device.type == "cpu")
+        self.takes_floats = full and (alone or like.device.type == "cpu")
 
     def is_full_precision(self) -> bool:
         """Whether the parameters are float32 or float64."""

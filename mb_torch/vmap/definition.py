@@ -78,6 +78,11 @@ class Definition:
             raise Unsupported(f"forward() replaced or removed {refused}; only buffers may be replaced, by tensors")
         return replaced
 
+    @property
+    def has_gaps(self) -> bool:
+        """Whether `batchable` changes anything."""
+        return bool(self._gaps)
+
     @contextmanager
     def batchable(self) -> Iterator[None]:
         """Within the block, submodules that vmap cannot run are of classes that it can."""

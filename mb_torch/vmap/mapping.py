@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import enum
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -88,24 +88,24 @@ class ModelMap:
         self.body = body
         self.trace: Trace | None = None
 
-    @contextmanager
-    def batchable(self) -> Iterator[None]:
-        """Within the block, submodules that vmap cannot run are of classes that it can.
+    def batchable(self) -> AbstractContextManager[Any]:
+        """Return a context in which submodules that vmap cannot run are of classes that it can.
 
         Raises:
             RuntimeError: A submodule has backward hooks, which vmap would pass over in silence.
         """
         for definition in self.definitions:
             definition.refuse_backward_hooks()
-        with self._swapped():
-            yield
+        return self._swapped()
 
-    @contextmanager
-    def _swapped(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for definition in self.definitions:
-                stack.enter_context(definition.batchable())
-            yield
+    def _swapped(self) -> AbstractContextManager[Any]:
+        with_gaps = [definition for definition in self.definitions if definition.has_gaps]
+        if len(with_gaps) < 2:
+            return with_gaps[0].batchable() if with_gaps else nullcontext()
+        stack = ExitStack()
+        for definition in with_gaps:
+            stack.enter_context(definition.batchable())
+        return stack
 
     def one(
         self, tensors: list[list[Tensor]], key: Tensor | None, trees: tuple[Any, ...]

@@ -121,6 +121,15 @@ class PendingUpdate(NamedTuple):
     clocks: dict[int, list[Value]]
 
 
+class _Compilable(NamedTuple):
+    """A compiled update without its numbers: the clocks that tick, and what the update works on."""
+
+    clocks: list[int]
+    static: Static
+    params: list[Tensor]
+    state: dict[str, list[Tensor]]
+
+
 class _Hyper(NamedTuple):
     """The hyper-parameters of one step."""
 
@@ -162,6 +171,7 @@ class StackedOptimizer(PerModelOptimizer):
     def _forget(self) -> None:
         """Drop what is derived from groups, clocks and storage."""
         self._hyper: _Hyper | None = None
+        self._compilables: dict[Any, _Compilable] = {}
         self._number_tensors: dict[tuple[int, str], tuple[float, Tensor]] = {}
         self._plans: dict[Any, list[tuple[int, list[_Piece]]]] = {}
 
@@ -216,23 +226,37 @@ class StackedOptimizer(PerModelOptimizer):
             active: Which models to update, bool ``[num_models]``; `apply_updates` must get the same. Default: all.
         """
         self.follow_stacks()
-        stacked, hyper = self._stacked_state, self._read_groups()
-        chosen = tuple(present) if present is not None else (True,) * len(self._stacks)
-        stacked.split_clocks(chosen)
-        positions = [position for position, wanted in enumerate(chosen) if wanted]
-        names = self.rule.state_names(hyper.flags)
-        state = {name: [stacked.tensor(name, position) for position in positions] for name in names}
-        used = sorted({stacked.clock_of[position] for position in positions})
+        hyper = self._read_groups()
+        plan = self._compilable(tuple(present) if present is not None else (True,) * len(self._stacks), hyper.flags)
         ticking = None if active is None else active.to(self._device)
         clocks, numbers = {}, []
-        for index in used:
-            clocks[index], own = next_step(self.rule, stacked.clocks[index], hyper.values, hyper.flags, ticking)
+        for index in plan.clocks:
+            now = self._stacked_state.clocks[index]
+            clocks[index], own = next_step(self.rule, now, hyper.values, hyper.flags, ticking)
             numbers.append({name: self._as_tensor((index, name), value) for name, value in own.items()})
-        static = Static(
-            tuple(sorted(hyper.flags.items())), tuple(used.index(stacked.clock_of[position]) for position in positions)
-        )
-        params = [self._stacks[position].parameter.detach() for position in positions]
-        return PendingUpdate(UpdateInputs(self.rule, static, params, state, numbers), clocks)
+        return PendingUpdate(UpdateInputs(self.rule, plan.static, plan.params, plan.state, numbers), clocks)
+
+    def _compilable(self, present: tuple[bool, ...], flags: Mapping[str, bool]) -> _Compilable:
+        """What compiled updates of these stacks have in common."""
+        stacked = self._stacked_state
+        stacked.split_clocks(present)
+        key = (present, tuple(flags.values()), len(stacked.clocks))
+        if key not in self._compilables:
+            positions = [position for position, wanted in enumerate(present) if wanted]
+            used = sorted({stacked.clock_of[position] for position in positions})
+            self._compilables[key] = _Compilable(
+                used,
+                Static(
+                    tuple(sorted(flags.items())),
+                    tuple(used.index(stacked.clock_of[position]) for position in positions),
+                ),
+                [self._stacks[position].parameter.detach() for position in positions],
+                {
+                    name: [stacked.tensor(name, position) for position in positions]
+                    for name in self.rule.state_names(flags)
+                },
+            )
+        return self._compilables[key]
 
     def finish_update(self, pending: PendingUpdate) -> None:
         """Count an update whose compiled function has run."""
@@ -468,7 +492,7 @@ class StackedOptimizer(PerModelOptimizer):
                     )
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = ("_hyper", "_number_tensors", "_plans")
+        derived = ("_hyper", "_compilables", "_number_tensors", "_plans")
         return {key: value for key, value in super().__getstate__().items() if key not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -63,11 +63,12 @@ class FusedStep:
         keys = self._keys()
         scale = self._loss_scale()
         with torch.enable_grad():
-            if plan is None and self._compiles_updates():
-                outputs = self._train_compiled(keys, arguments.plain(), active)
+            stacks = self._stacks()
+            if plan is None and self._compiles_updates(stacks):
+                outputs = self._train_compiled(stacks, keys, arguments.plain(), active)
                 grads = None
             elif plan is None:
-                outputs, grads = self._differentiate(self._stacks(), keys, arguments.plain(), scale)
+                outputs, grads = self._differentiate(stacks, keys, arguments.plain(), scale)
             else:
                 outputs, grads = self._differentiate_parts(plan, keys, arguments, scale)
         if active is not None and saved is not None:
@@ -227,7 +228,7 @@ class FusedStep:
             self._compiled = options, CompiledStep(self._models, options)
         return self._compiled[1]
 
-    def _compiles_updates(self) -> bool:
+    def _compiles_updates(self, stacks: list[list[Tensor]]) -> bool:
         """Whether the update too can be part of the compiled graph."""
         return (
             self._compiled_step() is not None
@@ -236,14 +237,15 @@ class FusedStep:
             and self.spec.scaler is None
             and all(
                 optimizer is None or _updates_exactly(optimizer, own)
-                for optimizer, own in zip(self.spec.optimizers, self._trained(), strict=True)
+                for optimizer, own in zip(self.spec.optimizers, stacks, strict=True)
             )
         )
 
-    def _train_compiled(self, keys: Tensor | None, arguments: Arguments, active: Tensor | None) -> list[Tensor]:
+    def _train_compiled(
+        self, stacks: list[list[Tensor]], keys: Tensor | None, arguments: Arguments, active: Tensor | None
+    ) -> list[Tensor]:
         compiled = self._compiled_step()
         assert compiled is not None
-        stacks = self._stacks()
         buffers = self._buffers(stacks)
 
         def at_once(arguments: Arguments) -> list[Tensor]:
@@ -398,11 +400,11 @@ def _apply(optimizer: torch.optim.Optimizer, parameters: list[Tensor], grads: Gr
         parameter.grad = None
 
 
-def _updates_exactly(optimizer: torch.optim.Optimizer, trained: list[Tensor]) -> bool:
-    """Whether the optimizer can update in a compiled function, and updates these stacks and no others."""
+def _updates_exactly(optimizer: torch.optim.Optimizer, stacks: list[Tensor]) -> bool:
+    """Whether the optimizer can update in a compiled function, and updates those stacks that are trained."""
     if not isinstance(optimizer, StackedOptimizer):
         return False
-    return list(map(id, optimizer.stacks.values())) == list(map(id, trained))
+    return list(map(id, optimizer.stacks.values())) == [id(stack) for stack in stacks if stack.requires_grad]
 
 
 def _check_optimizer(definition: Definition, optimizer: torch.optim.Optimizer, spec: StepSpec) -> None:

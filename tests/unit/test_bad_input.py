@@ -6,6 +6,7 @@ import copy
 import os
 import pickle
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,7 @@ def test_chunk_size(size: Any) -> None:
 
 
 def test_backend_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    with refused(None, InvalidInput, "backend=: received 'tensorflow'; expected one of .*'torch'"):
+    with refused(None, InvalidInput, "backend: received 'tensorflow'; expected one of .*'torch'"):
         ModelBatch([mlp()], backend="tensorflow")
     monkeypatch.setenv("MODELBATCH_BACKEND", "tensorflow")
     with refused(None, InvalidInput, "MODELBATCH_BACKEND: received 'tensorflow'"):
@@ -476,6 +477,15 @@ def test_tied_tensors_with_two_values() -> None:
         mb.load_model_states(states)
 
 
+@pytest.mark.parametrize("spoilt", [lambda t: t.to("meta"), lambda t: t.to_sparse()], ids=["meta", "sparse"])
+def test_states_without_values(mb: ModelBatch, spoilt: Any) -> None:
+    states = [{key: value + 1 for key, value in state.items()} for state in mb.get_model_states()]
+    key = next(iter(states[2]))
+    states[2][key] = spoilt(states[2][key])
+    with refused(mb, InvalidState, f"model 2, key '{key}'.*expected a dense tensor with values"):
+        mb.load_model_states(states)
+
+
 # Files
 
 
@@ -491,6 +501,13 @@ def test_a_missing_file(mb: ModelBatch, folder: Path) -> None:
         mb.load_all(folder)
     with pytest.raises(FileNotFoundError):
         mb.load_all(folder)
+
+
+def test_threads_may_save_to_one_folder(mb: ModelBatch, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: mb.save_all(tmp_path), range(40)))
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [f"model_{i}.pt" for i in range(3)]
+    mb.load_all(tmp_path)
 
 
 def test_a_missing_folder(mb: ModelBatch, tmp_path: Path) -> None:

@@ -816,6 +816,54 @@ def test_a_single_model_takes_gradients_of_any_layout(optimizer_cls: Any, option
     assert_close(optimizer.model_state_dict(0), alone.state_dict(), atol=1e-12, rtol=1e-12)
 
 
+def test_models_in_half_precision_round_as_plain_optimizers_do() -> None:
+    """torch's operations on lists round a factor to half precision first: 0.997 becomes 0.996."""
+    start = torch.full((1, 3), 1.3, dtype=torch.bfloat16)
+    options = {"lr": 0.01, "weight_decay": 0.3}
+    alone, pair = nn.Parameter(start.clone()), nn.Parameter(start.repeat(2, 1))
+    single: Any = make_optimizer(optim.AdamW, [options], {"weight": alone}, 1)
+    several: Any = make_optimizer(optim.AdamW, [options] * 2, {"weight": pair}, 2)
+    plain = nn.Parameter(start[0].clone())
+    optimizer = optim.AdamW([plain], **options)
+    for _ in range(30):
+        gradient = torch.randn(1, 3, dtype=torch.bfloat16)
+        plain.grad = gradient[0].clone()
+        optimizer.step()
+        single.update([gradient])
+        several.update([gradient.repeat(2, 1)])
+    for found in (alone[0], pair[1]):
+        assert_close(found, plain, atol=2**-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        ("exp_avg", torch.zeros(4, 3, dtype=torch.float64, device="meta"), "meta"),
+        ("exp_avg_sq", torch.zeros(4, 3, dtype=torch.float64).to_sparse(), "sparse"),
+        ("step", float("nan"), "nan"),
+        ("lr", "abc", "lr"),
+        ("lr", None, "lr"),
+        ("betas", 0.9, "betas"),
+    ],
+    ids=str,
+)
+def test_a_state_that_cannot_be_loaded_changes_nothing(where: str, value: Any, message: str) -> None:
+    batch, optimizer = make("Adam-all")
+    train(batch, optimizer, 0, 1)
+    before = optimizer.state_dict()
+    wrong = copy.deepcopy(before)
+    for entry in wrong["state"].values():
+        for name in ("exp_avg", "exp_avg_sq"):
+            entry[name].add_(1.0)
+    if where in ("lr", "betas"):
+        wrong["param_groups"][2][where] = value
+    else:
+        wrong["state"][2 * 3][where] = value
+    with pytest.raises(InvalidState, match=f"model 2.*{message}"):
+        optimizer.load_state_dict(wrong)
+    assert_equal(optimizer.state_dict(), before)
+
+
 def test_numbers_keep_their_digits_in_half_precision() -> None:
     """In bfloat16 a decay of 0.999 would be 1."""
     bucket = Bucket([torch.zeros(2, 3, dtype=torch.bfloat16)], [], {})
