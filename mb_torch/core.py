@@ -358,6 +358,13 @@ class ModelBatch(nn.Module):
 
         Args:
             set_to_none: Drop the gradient tensors; otherwise fill them with zeros.
+
+        Example:
+            >>> mb = ModelBatch([nn.Linear(1, 1) for _ in range(2)])
+            >>> mb(torch.ones(1, 1)).sum().backward()
+            >>> mb.zero_grad()
+            >>> mb.stacked_params["weight"].grad is None
+            True
         """
         if not set_to_none:
             super().zero_grad(set_to_none=False)
@@ -465,6 +472,15 @@ class ModelBatch(nn.Module):
         Args:
             source: The model to copy.
             destination: The model to overwrite.
+
+        Raises:
+            InvalidInput: There is no such model.
+
+        Example:
+            >>> mb = ModelBatch([nn.Linear(1, 1) for _ in range(3)])
+            >>> mb.copy_model(0, 2)
+            >>> torch.equal(mb.stacked_params["weight"][0], mb.stacked_params["weight"][2])
+            True
         """
         source, destination = self._index(source), self._index(destination)
         with torch.no_grad():
@@ -493,6 +509,10 @@ class ModelBatch(nn.Module):
 
         Raises:
             InvalidState: Names the model and the key; the batch is unchanged.
+
+        Example:
+            >>> mb = ModelBatch([nn.Linear(1, 1) for _ in range(2)])
+            >>> mb.load_model_states(list(reversed(mb.get_model_states())))
         """
         if len(states) != self.num_models:
             raise InvalidState(
@@ -509,6 +529,15 @@ class ModelBatch(nn.Module):
 
         Args:
             path: A folder; made if it does not exist.
+
+        Example:
+            >>> import tempfile
+            >>> mb = ModelBatch([nn.Linear(1, 1) for _ in range(2)])
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     mb.save_all(folder)
+            ...     sorted(os.listdir(folder))
+            ...     mb.load_all(folder)
+            ['model_0.pt', 'model_1.pt']
         """
         save_states(self.get_model_states(), path)
 
@@ -549,6 +578,12 @@ class ModelBatch(nn.Module):
         """Return the losses of the last `compute_loss` or training step: ``{"loss_model_0": 0.1, ...}``.
 
         Empty before the first.
+
+        Example:
+            >>> mb = ModelBatch([nn.Linear(1, 1) for _ in range(2)])
+            >>> loss = mb.compute_loss(torch.ones(2, 3), torch.zeros(3), nn.functional.mse_loss)
+            >>> mb.metrics()
+            {'loss_model_0': 1.0, 'loss_model_1': 1.0}
         """
         if self.latest_losses is None:
             return {}
