@@ -13,22 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mb_torch.amp import GradScaler
 from mb_torch.backend import StepSpec
-from mb_torch.clipping import clip_gradients_, rows, separate
+from mb_torch.clipping import rows
 from mb_torch.errors import InvalidInput, Unsupported
 from mb_torch.vmap.arguments import Arguments
-from mb_torch.vmap.compiled_step import CompiledStep, Job, Place, Used, trained_places
-from mb_torch.vmap.definition import Definition
+from mb_torch.vmap.compiled_step import CompiledStep, Job, Used, trained_places
 from mb_torch.vmap.mapping import Fallback, ModelMap, check_loss, with_model_axis
-from mb_torch.vmap.optim import StackedOptimizer
 from mb_torch.vmap.parts import Plan, plan_parts
-from mb_torch.vmap.views import PerModelOptimizer
+from mb_torch.vmap.step_update import Gradients, PendingGradients, check_optimizer, update_models, updates_exactly
 
 if TYPE_CHECKING:
     from mb_torch.vmap.engine import VmapBackend
-
-Gradients = list[Tensor | None]
 
 
 class FusedStep:
@@ -41,12 +36,10 @@ class FusedStep:
         self._models = ModelMap([backend.definition for backend in backends], self._loss_of_one_model)
         self.fallback = Fallback(self._models.definitions)
         self._compiled: tuple[dict[str, Any], CompiledStep] | None = None
-        self._pending: dict[Place, Tensor] = {}
-        self._pending_active: Tensor | None = None
-        self._pending_calls = 0
+        self._pending = PendingGradients()
         for definition, optimizer in zip(self._models.definitions, spec.optimizers, strict=True):
             if optimizer is not None:
-                _check_optimizer(definition, optimizer, spec)
+                check_optimizer(definition, optimizer, spec)
 
     def __getstate__(self) -> dict[str, Any]:
         # A compiled function belongs to one object: a copy makes its own.
@@ -89,12 +82,11 @@ class FusedStep:
 
     def flush(self) -> None:
         """Make an update of gradients accumulated so far, if there are any."""
-        if self._pending_calls:
+        if self._pending.calls:
+            grads, active = self._pending.take()
             # A parameter that was frozen in between loses what it had.
-            grads = [self._pending.get(place) for place in trained_places(self._stacks())]
-            active = self._pending_active
-            self._pending, self._pending_active, self._pending_calls = {}, None, 0
-            self._update(grads, active)
+            own = [grads.get(place) for place in trained_places(self._stacks())]
+            update_models(self.spec, self._trained(), own, active)
 
     def _loss_of_one_model(self, *args: Any) -> Tensor | tuple[Tensor, Any]:
         *models, inputs, targets, loss_args = args
@@ -236,7 +228,7 @@ class FusedStep:
             and self.spec.accumulate == 1
             and self.spec.scaler is None
             and all(
-                optimizer is None or _updates_exactly(optimizer, own)
+                optimizer is None or updates_exactly(optimizer, own)
                 for optimizer, own in zip(self.spec.optimizers, stacks, strict=True)
             )
         )
@@ -265,7 +257,7 @@ class FusedStep:
 
         def one_by_one(arguments: Arguments) -> list[Tensor]:
             outputs, grads = self._differentiate_one_by_one(stacks, keys, arguments, None)
-            self._update(grads, active)
+            update_models(self.spec, self._trained(), grads, active)
             return outputs
 
         return self.fallback.run(at_once, one_by_one, arguments, buffers)
@@ -323,107 +315,12 @@ class FusedStep:
 
     def _update_or_accumulate(self, grads: Gradients, active: Tensor | None) -> None:
         if self.spec.accumulate == 1:
-            self._update(grads, active)
+            update_models(self.spec, self._trained(), grads, active)
             return
-        share = 1 / self.spec.accumulate
-        if active is not None:
-            # A frozen model adds nothing, not even a NaN.
-            grads = [None if g is None else torch.where(rows(active, g), g, 0) for g in grads]
-        for place, grad in zip(trained_places(self._stacks()), grads, strict=True):
-            if grad is not None:
-                total = self._pending.get(place)
-                self._pending[place] = grad * share if total is None else total.add_(grad, alpha=share)
-        if not self._pending_calls:
-            self._pending_active = active
-        elif self._pending_active is not None:
-            self._pending_active = None if active is None else self._pending_active | active
-        self._pending_calls += 1
-        if self._pending_calls == self.spec.accumulate:
+        pairs = zip(trained_places(self._stacks()), grads, strict=True)
+        self._pending.add({place: grad for place, grad in pairs if grad is not None}, active, 1 / self.spec.accumulate)
+        if self._pending.calls == self.spec.accumulate:
             self.flush()
-
-    def _update(self, grads: Gradients, active: Tensor | None) -> None:
-        """Unscale, clip and apply gradients given for all trained stacks in a row."""
-        trained = self._trained()
-        scaler = self.spec.scaler
-        if scaler is not None or self.spec.clip_norm is not None:
-            present = iter(separate([g for g in grads if g is not None]))
-            grads = [None if g is None else next(present) for g in grads]
-        if isinstance(scaler, torch.amp.GradScaler):
-            self._update_through(scaler, trained, grads)
-            return
-        applied = active
-        finite: Tensor | None = None
-        if scaler is not None:
-            finite = scaler.unscale([g for g in grads if g is not None])
-            applied = finite if active is None else active & finite
-        if self.spec.clip_norm is not None:
-            clip_gradients_([g for g in grads if g is not None], self.spec.clip_norm)
-        remaining = iter(grads)
-        for optimizer, own in zip(self.spec.optimizers, trained, strict=True):
-            own_grads = [next(remaining) for _ in own]
-            if optimizer is not None:
-                _apply(optimizer, own, own_grads, applied)
-        if scaler is not None and finite is not None:
-            scaler.record(finite, active)
-
-    def _update_through(self, scaler: torch.amp.GradScaler, trained: list[list[Tensor]], grads: Gradients) -> None:
-        """Let a stock scaler drive the optimizers, as a hand-written loop would."""
-        parameters = [parameter for own in trained for parameter in own]
-        optimizers = [optimizer for optimizer in self.spec.optimizers if optimizer is not None]
-        for parameter, grad in zip(parameters, grads, strict=True):
-            parameter.grad = grad
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        if self.spec.clip_norm is not None:
-            clip_gradients_([g for g in grads if g is not None], self.spec.clip_norm)
-        for optimizer in optimizers:
-            scaler.step(optimizer)
-        scaler.update()
-        for parameter in parameters:
-            parameter.grad = None
-
-
-def _apply(optimizer: torch.optim.Optimizer, parameters: list[Tensor], grads: Gradients, active: Tensor | None) -> None:
-    if isinstance(optimizer, PerModelOptimizer):
-        by_stack = {id(parameter): grad for parameter, grad in zip(parameters, grads, strict=True)}
-        optimizer.update([by_stack.get(id(stack)) for stack in optimizer.stacks.values()], active)
-        return
-    if active is not None:
-        raise Unsupported(
-            f"a {type(optimizer).__name__} over stacked parameters updates all models or none, but not all are active",
-            fix="Make the optimizer with OptimizerFactory.",
-        )
-    for parameter, grad in zip(parameters, grads, strict=True):
-        parameter.grad = grad
-    optimizer.step()
-    for parameter in parameters:
-        parameter.grad = None
-
-
-def _updates_exactly(optimizer: torch.optim.Optimizer, stacks: list[Tensor]) -> bool:
-    """Whether the optimizer can update in a compiled function, and updates those stacks that are trained."""
-    if not isinstance(optimizer, StackedOptimizer):
-        return False
-    return list(map(id, optimizer.stacks.values())) == [id(stack) for stack in stacks if stack.requires_grad]
-
-
-def _check_optimizer(definition: Definition, optimizer: torch.optim.Optimizer, spec: StepSpec) -> None:
-    """Raise unless the optimizer trains this batch and can do what the step asks of it."""
-    per_model = isinstance(optimizer, PerModelOptimizer)
-    given = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if isinstance(optimizer, PerModelOptimizer):
-        given = list(optimizer.stacks.values())
-    own = {id(parameter) for parameter in definition.state.parameters.values()}
-    if any(id(parameter) not in own for parameter in given):
-        raise InvalidInput(
-            f"the {type(optimizer).__name__} holds parameters of another batch",
-            fix="Make the optimizer for the batch that the step trains (a copied batch needs its own).",
-        )
-    if not per_model and (spec.active is not None or isinstance(spec.scaler, GradScaler)):
-        raise Unsupported(
-            f"a {type(optimizer).__name__} over stacked parameters updates all models or none",
-            fix="For active= and for one scale per model make the optimizer with OptimizerFactory.",
-        )
 
 
 def _join_gradients(plan: Plan, parts: list[Gradients]) -> Gradients:

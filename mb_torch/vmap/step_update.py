@@ -1,0 +1,144 @@
+"""What a training step does with gradients: accumulate, unscale, clip, update."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mb_torch.amp import GradScaler
+from mb_torch.backend import StepSpec
+from mb_torch.clipping import clip_gradients_, rows, separate
+from mb_torch.errors import InvalidInput, Unsupported
+from mb_torch.vmap.compiled_step import Place
+from mb_torch.vmap.definition import Definition
+from mb_torch.vmap.optim import StackedOptimizer
+from mb_torch.vmap.views import PerModelOptimizer
+
+Gradients = list[Tensor | None]
+
+
+class PendingGradients:
+    """Gradients of several calls that make one update.
+
+    Attributes:
+        calls: How many calls they are from.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self._grads: dict[Place, Tensor] = {}
+        self._active: Tensor | None = None
+
+    def add(self, grads: Mapping[Place, Tensor], active: Tensor | None, share: float) -> None:
+        """Add a call's gradients times ``share``; models that are not active add nothing, not even a NaN."""
+        for place, grad in grads.items():
+            own = grad if active is None else torch.where(rows(active, grad), grad, 0)
+            total = self._grads.get(place)
+            self._grads[place] = own * share if total is None else total.add_(own, alpha=share)
+        if not self.calls:
+            self._active = active
+        elif self._active is not None:
+            self._active = None if active is None else self._active | active
+        self.calls += 1
+
+    def take(self) -> tuple[dict[Place, Tensor], Tensor | None]:
+        """Return the gradients and the models that were active in any call, and start anew."""
+        taken = self._grads, self._active
+        self.calls, self._grads, self._active = 0, {}, None
+        return taken
+
+
+def update_models(spec: StepSpec, trained: list[list[Tensor]], grads: Gradients, active: Tensor | None) -> None:
+    """Unscale, clip and apply gradients.
+
+    Args:
+        spec: What the step was asked to do.
+        trained: The trained stacks of each batch.
+        grads: Their gradients, those of all batches in a row.
+        active: Which models may change, bool ``[num_models]``; None for all.
+    """
+    scaler = spec.scaler
+    if scaler is not None or spec.clip_norm is not None:
+        present = iter(separate([g for g in grads if g is not None]))
+        grads = [None if g is None else next(present) for g in grads]
+    if isinstance(scaler, torch.amp.GradScaler):
+        _update_through(spec, scaler, trained, grads)
+        return
+    applied = active
+    finite: Tensor | None = None
+    if scaler is not None:
+        finite = scaler.unscale([g for g in grads if g is not None])
+        applied = finite if active is None else active & finite
+    if spec.clip_norm is not None:
+        clip_gradients_([g for g in grads if g is not None], spec.clip_norm)
+    remaining = iter(grads)
+    for optimizer, own in zip(spec.optimizers, trained, strict=True):
+        own_grads = [next(remaining) for _ in own]
+        if optimizer is not None:
+            _apply(optimizer, own, own_grads, applied)
+    if scaler is not None and finite is not None:
+        scaler.record(finite, active)
+
+
+def _update_through(
+    spec: StepSpec, scaler: torch.amp.GradScaler, trained: list[list[Tensor]], grads: Gradients
+) -> None:
+    """Let a stock scaler drive the optimizers, as a hand-written loop would."""
+    parameters = [parameter for own in trained for parameter in own]
+    optimizers = [optimizer for optimizer in spec.optimizers if optimizer is not None]
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = grad
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    if spec.clip_norm is not None:
+        clip_gradients_([g for g in grads if g is not None], spec.clip_norm)
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+    scaler.update()
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def _apply(optimizer: torch.optim.Optimizer, parameters: list[Tensor], grads: Gradients, active: Tensor | None) -> None:
+    if isinstance(optimizer, PerModelOptimizer):
+        by_stack = {id(parameter): grad for parameter, grad in zip(parameters, grads, strict=True)}
+        optimizer.update([by_stack.get(id(stack)) for stack in optimizer.stacks.values()], active)
+        return
+    if active is not None:
+        raise Unsupported(
+            f"a {type(optimizer).__name__} over stacked parameters updates all models or none, but not all are active",
+            fix="Make the optimizer with OptimizerFactory.",
+        )
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = grad
+    optimizer.step()
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def updates_exactly(optimizer: torch.optim.Optimizer, stacks: list[Tensor]) -> bool:
+    """Whether the optimizer can update in a compiled function, and updates those stacks that are trained."""
+    if not isinstance(optimizer, StackedOptimizer):
+        return False
+    return list(map(id, optimizer.stacks.values())) == [id(stack) for stack in stacks if stack.requires_grad]
+
+
+def check_optimizer(definition: Definition, optimizer: torch.optim.Optimizer, spec: StepSpec) -> None:
+    """Raise unless the optimizer trains this batch and can do what the step asks of it."""
+    per_model = isinstance(optimizer, PerModelOptimizer)
+    given = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if isinstance(optimizer, PerModelOptimizer):
+        given = list(optimizer.stacks.values())
+    own = {id(parameter) for parameter in definition.state.parameters.values()}
+    if any(id(parameter) not in own for parameter in given):
+        raise InvalidInput(
+            f"the {type(optimizer).__name__} holds parameters of another batch",
+            fix="Make the optimizer for the batch that the step trains (a copied batch needs its own).",
+        )
+    if not per_model and (spec.active is not None or isinstance(spec.scaler, GradScaler)):
+        raise Unsupported(
+            f"a {type(optimizer).__name__} over stacked parameters updates all models or none",
+            fix="For active= and for one scale per model make the optimizer with OptimizerFactory.",
+        )
