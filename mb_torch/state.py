@@ -124,11 +124,17 @@ class StackBuilder:
 
         Raises:
             IncompatibleModels: The model differs from model 0 in more than values.
+            Unsupported: A parameter has hooks.
         """
         if not isinstance(model, nn.Module):
             raise InvalidInput(f"model {self.added}", received=type(model).__name__, expected="a torch.nn.Module")
         check_compatible(self.prototype, model, self.added, self.ignore)
         for name, tensor in _named_tensors(model).items():
+            if tensor.is_leaf and (tensor._backward_hooks or tensor._post_accumulate_grad_hooks):
+                raise Unsupported(
+                    f"model {self.added}: {name!r} has hooks, which its copy in a stack would lack",
+                    fix="Register them on stacked_params[name] of the batch.",
+                )
             self.stacks[name][self.added].copy_(tensor.detach())
         self.added += 1
 

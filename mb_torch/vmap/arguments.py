@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mb_torch.routed import RoutedTensor
@@ -114,17 +115,23 @@ class Arguments:
 
     def own_copies(self, *, only_shared: bool = False) -> Arguments:
         """Copies of the tensors (with ``only_shared`` of the shared ones): a model may change its inputs."""
-        return self.with_leaves(
-            [
-                leaf.clone() if isinstance(leaf, Tensor) and not (only_shared and mapped) else leaf
-                for leaf, mapped in zip(self.leaves, self.mapped, strict=True)
-            ]
-        )
+        # A tensor that is passed twice stays one tensor.
+        copies: dict[int, Tensor] = {}
+        leaves = []
+        for leaf, mapped in zip(self.leaves, self.mapped, strict=True):
+            if isinstance(leaf, Tensor) and not (only_shared and mapped):
+                leaf = copies.setdefault(id(leaf), leaf.clone())
+            leaves.append(leaf)
+        return self.with_leaves(leaves)
 
     def take_changes(self, copies: Arguments) -> None:
         """Do to the tensors what was done in place to their copies."""
         for leaf, copy in zip(self.leaves, copies.leaves, strict=True):
-            if isinstance(leaf, Tensor) and not copy.is_inference() and copy._version:
+            if not isinstance(leaf, Tensor):
+                continue
+            # Inference tensors do not count their versions.
+            changed = not torch.equal(leaf, copy) if copy.is_inference() else bool(copy._version)
+            if changed:
                 leaf.copy_(copy)
 
     def versions(self) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
@@ -28,6 +29,14 @@ class NotExamined(Exception):
     def __init__(self, graph: int) -> None:
         super().__init__(graph)
         self.graph = graph
+
+
+class NotCompilable(Unsupported):
+    """Dynamo cannot compile a function in one piece, or was asked to compile it for too many cases."""
+
+    def warn(self) -> None:
+        """Tell the user that the function runs without."""
+        warnings.warn(f"{self}; the models run vectorised, but not compiled", UserWarning, stacklevel=2)
 
 
 class CompiledFunction(Generic[T]):
@@ -72,6 +81,7 @@ class CompiledFunction(Generic[T]):
             What the function returned, and what the dry run did.
 
         Raises:
+            NotCompilable: There is a graph break, or there were too many graphs.
             Unsupported: The compiler failed; the function itself has passed its dry run.
         """
         fresh: tuple[Trace, T] | None = None
@@ -90,25 +100,32 @@ class CompiledFunction(Generic[T]):
                 self._latest[key] = self._examined[new.graph, key][1]
                 continue
             except Exception as error:
+                if _is_dynamos_limit(error):
+                    raise NotCompilable(
+                        f"torch.compile cannot compile them in one piece ({_summary(error)})"
+                    ) from error
                 if _is_compiler_failure(error):
                     raise Unsupported(
-                        f"torch.compile failed: {' '.join(str(error).split()[:40])}", fix="Leave out enable_compile()."
+                        f"torch.compile failed: {_summary(error)}", fix="Leave out enable_compile()."
                     ) from error
                 raise
-            self._finish(key, self._ran)
+            self._finish(key, fresh)
             return result, known
         raise Unsupported(
             "torch.compile: which parameters take part in the loss depends on something that the compiler does not see",
             fix="Leave out enable_compile().",
         )
 
-    def _finish(self, key: Hashable, graph: int | None) -> None:
+    def _finish(self, key: Hashable, fresh: tuple[Trace, T] | None) -> None:
         """Set the map's trace to that of the graph that ran."""
-        if graph is None:
-            # Not compiled (torch gave up on it): nothing tells when the dry run has to be repeated.
+        if fresh is not None:
+            self._models.trace = fresh[0]
+        elif self._ran is not None:
+            self._models.trace = self._examined[self._ran, key][0]
+        assert self._models.trace is not None
+        if self._ran is None or self._models.trace.packing.has_numbers:
+            # Not compiled (``disable=True``), or one graph for many Python numbers: every call has its own dry run.
             del self._latest[key]
-        else:
-            self._models.trace = self._examined[graph, key][0]
 
     def _examine(self, dry_run: Callable[[], T], buffers: Sequence[Tensor]) -> tuple[Trace, T]:
         with _unchanged(buffers, self._models):
@@ -138,7 +155,9 @@ class CompiledFunction(Generic[T]):
 
         own = {"isolate_recompiles": True, "recompile_limit": _GRAPHS}
         known = inspect.signature(torch.compile).parameters
-        return {**{name: value for name, value in own.items() if name in known}, **options, "backend": backend}
+        # In one piece: between two graphs, and past the limit, nothing would tell what has to be examined.
+        fixed = {"backend": backend, "fullgraph": True}
+        return {**{name: value for name, value in own.items() if name in known}, **options, **fixed}
 
 
 def _compiler(options: dict[str, Any]) -> Callable[..., Any]:
@@ -158,6 +177,15 @@ def _compiler(options: dict[str, Any]) -> Callable[..., Any]:
     return inductor
 
 
+def _summary(error: Exception) -> str:
+    return " ".join(str(error).split()[:40])
+
+
+def _is_dynamos_limit(error: Exception) -> bool:
+    exceptions = importlib.import_module("torch._dynamo.exc")
+    return isinstance(error, (exceptions.Unsupported, exceptions.FailOnRecompileLimitHit))
+
+
 def _is_compiler_failure(error: Exception) -> bool:
     exceptions = importlib.import_module("torch._dynamo.exc")
     # A runtime error under trace is one of the model.
@@ -166,13 +194,21 @@ def _is_compiler_failure(error: Exception) -> bool:
 
 @contextmanager
 def _unchanged(buffers: Sequence[Tensor], models: ModelMap) -> Iterator[None]:
-    """Within the block, nothing happens to buffers and random generators that lasts."""
+    """Within the block, nothing happens to buffers, counters in attributes and random generators that lasts."""
     tensors = [tensor for definition in models.definitions for tensor in definition.stacks()]
     devices = sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
     saved = [buffer.clone() for buffer in buffers]
+    modules = [module for definition in models.definitions for module in definition.prototype.modules()]
+    attributes = [{name: value for name, value in vars(module).items() if _is_plain(value)} for module in modules]
     with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:
             for buffer, value in zip(buffers, saved, strict=True):
                 buffer.copy_(value)
+            for module, plain in zip(modules, attributes, strict=True):
+                vars(module).update(plain)
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))

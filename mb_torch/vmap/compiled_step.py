@@ -123,7 +123,9 @@ class CompiledStep:
             params = (param for own in inputs for param in own.params)
             for (definition, position), param in zip(used, params, strict=True):
                 plain[definition][position] = param
-            bound = None if clip_norm is None else torch.as_tensor(clip_norm, device=plain[0][0].device)
+            bound = clip_norm
+            if isinstance(clip_norm, (int, float)):
+                bound = torch.tensor(clip_norm, dtype=torch.float64, device=plain[0][0].device)
             return job._replace(stacks=plain), used, inputs, bound, active
 
         result: Result

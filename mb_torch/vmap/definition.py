@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as hooks
 
 from mb_torch.errors import Unsupported
 from mb_torch.state import StackedState
@@ -99,6 +100,8 @@ class Definition:
         for module in self._modules:
             if module._backward_hooks or module._backward_pre_hooks:
                 raise RuntimeError(f"{self.module_name(module)} has backward hooks")
+        if hooks._global_backward_hooks or hooks._global_backward_pre_hooks:
+            raise RuntimeError("there are backward hooks for all modules")
 
     def module_name(self, module: nn.Module) -> str | None:
         """The name of a submodule of the prototype, with its class; None if it is not one."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mb_torch.backend import Backend, BatchSpec, Capabilities, Step, StepSpec
 from mb_torch.errors import InvalidInput
 from mb_torch.vmap.arguments import Arguments
-from mb_torch.vmap.compiled import CompiledFunction
+from mb_torch.vmap.compiled import CompiledFunction, NotCompilable
 from mb_torch.vmap.definition import Definition
 from mb_torch.vmap.host_memory import keep_freed_memory
 from mb_torch.vmap.mapping import Fallback, ModelMap, check_loss, with_model_axis
@@ -47,6 +47,7 @@ class VmapBackend:
         self._fallback = Fallback([self.definition])
         self._loss_fallbacks: WeakKeyDictionary[Callable[..., Any], Fallback] = WeakKeyDictionary()
         self._compiled: CompiledFunction[Any] | None = None
+        self._uncompiled = False
         self._steps: WeakSet[FusedStep] = WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -105,7 +106,7 @@ class VmapBackend:
                 outputs, replaced = self._models.directly([own], keys, arguments)
                 return with_model_axis(outputs), with_model_axis(replaced)
             with self._models.batchable():
-                if self.compile_options is None:
+                if self.compile_options is None or self._uncompiled:
                     return self._models.at_once([stacks], keys, arguments.trees, arguments.dims, size)
                 if self._compiled is None:
                     self._compiled = CompiledFunction(self._models, self._models.at_once, self.compile_options)
@@ -115,7 +116,12 @@ class VmapBackend:
                     self._models.at_once([stacks], keys, arguments.own_copies().trees, arguments.dims, size)
 
                 given = ([stacks], keys, arguments.trees, arguments.dims, size)
-                return self._compiled(arguments.shapes, lambda _: given, dry_run, buffers)[0]
+                try:
+                    return self._compiled(arguments.shapes, lambda _: given, dry_run, buffers)[0]
+                except NotCompilable as reason:
+                    self._uncompiled = True
+                    reason.warn()
+                    return self._models.at_once(*given)
 
         outputs, replaced = self._fallback.run(
             at_once, lambda arguments: self._models.one_by_one([stacks], keys, arguments), arguments, buffers
@@ -175,21 +181,21 @@ class VmapBackend:
     def enable_compile(self, **kwargs: Any) -> None:
         """Compile the vectorised function from the next call on; ``kwargs`` go to ``torch.compile``."""
         self.compile_options = kwargs
-        self._compiled = None
+        self._compiled, self._uncompiled = None, False
 
     def report(self) -> dict[str, Any]:
         """Say how the models are run, and why one after another if they are."""
         return {
             "backend": self.name,
-            **self._how(self._fallback),
-            "steps": [self._how(step.fallback) for step in self._steps],
-            "compiled": self.compile_options is not None,
+            **self._how(self._fallback, self._uncompiled),
+            "steps": [self._how(step.fallback, step.uncompiled) for step in self._steps],
             "chunk_size": self.spec.chunk_size,
         }
 
-    def _how(self, fallback: Fallback) -> dict[str, Any]:
+    def _how(self, fallback: Fallback, uncompiled: bool) -> dict[str, Any]:
         how = "one by one" if fallback.one_by_one else "vmap" if self.vectorises else "plain PyTorch"
-        return {"runs": how, "reason": fallback.reason}
+        compiled = self.compile_options is not None and not uncompiled and not fallback.one_by_one
+        return {"runs": how, "reason": fallback.reason, "compiled": compiled}
 
 
 def _call_model(model: nn.Module, *trees: Any) -> Any:

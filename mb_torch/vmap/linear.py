@@ -109,7 +109,7 @@ def _linear_of_stacks(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     if bias is not None and bias.dtype != weight.dtype:
         # vmap adds any bias to the product; plain PyTorch refuses.
         raise RuntimeError(f"linear: the weight is {weight.dtype}, the bias {bias.dtype}")
-    if forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0 or (bias is not None and bias.dim() != 1):
         return None
     interpreter = retrieve_current_functorch_interpreter()
     level = interpreter.level()

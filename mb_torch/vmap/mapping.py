@@ -31,6 +31,11 @@ class Packing(NamedTuple):
     structure: pytree.TreeSpec | None
     constants: list[Any]
 
+    @property
+    def has_numbers(self) -> bool:
+        """Whether a Python number is among the leaves."""
+        return any(isinstance(leaf, (int, float)) and not isinstance(leaf, bool) for leaf in self.constants)
+
     def unpack(self, tensors: Sequence[Tensor]) -> Any:
         """Put a pytree together again from its tensors."""
         remaining = iter(tensors)

@@ -17,6 +17,7 @@ from mb_torch.backend import StepSpec
 from mb_torch.clipping import rows
 from mb_torch.errors import InvalidInput, Unsupported
 from mb_torch.vmap.arguments import Arguments
+from mb_torch.vmap.compiled import NotCompilable
 from mb_torch.vmap.compiled_step import CompiledStep, Job, Used, trained_places
 from mb_torch.vmap.mapping import Fallback, ModelMap, check_loss, with_model_axis
 from mb_torch.vmap.parts import Plan, plan_parts
@@ -36,6 +37,7 @@ class FusedStep:
         self._models = ModelMap([backend.definition for backend in backends], self._loss_of_one_model)
         self.fallback = Fallback(self._models.definitions)
         self._compiled: tuple[dict[str, Any], CompiledStep] | None = None
+        self.uncompiled = False
         self._pending = PendingGradients()
         for definition, optimizer in zip(self._models.definitions, spec.optimizers, strict=True):
             if optimizer is not None:
@@ -56,14 +58,13 @@ class FusedStep:
         keys = self._keys()
         scale = self._loss_scale()
         with torch.enable_grad():
-            stacks = self._stacks()
-            if plan is None and self._compiles_updates(stacks):
-                outputs = self._train_compiled(stacks, keys, arguments.plain(), active)
-                grads = None
-            elif plan is None:
-                outputs, grads = self._differentiate(stacks, keys, arguments.plain(), scale)
-            else:
-                outputs, grads = self._differentiate_parts(plan, keys, arguments, scale)
+            try:
+                outputs, grads = self._pass(plan, keys, arguments, scale, active)
+            except NotCompilable as reason:
+                # Nothing has run; from now on the options that were refused are not tried again.
+                self.uncompiled = True
+                reason.warn()
+                outputs, grads = self._pass(plan, keys, arguments, scale, active)
         if active is not None and saved is not None:
             self._keep_frozen_buffers(saved, active)
         trace = self._models.trace
@@ -74,6 +75,22 @@ class FusedStep:
             self._update_or_accumulate(grads, active)
         result = trace.packing.unpack([output.detach() for output in outputs])
         return result if self.spec.aux else (result, None)
+
+    def _pass(
+        self,
+        plan: Plan | None,
+        keys: Tensor | None,
+        arguments: Arguments,
+        scale: Tensor | None,
+        active: Tensor | None,
+    ) -> tuple[list[Tensor], Gradients | None]:
+        """Outputs, the losses first, and the gradients if they were not applied already."""
+        if plan is not None:
+            return self._differentiate_parts(plan, keys, arguments, scale)
+        stacks = self._stacks()
+        if self._compiles_updates(stacks):
+            return self._train_compiled(stacks, keys, arguments.plain(), active), None
+        return self._differentiate(stacks, keys, arguments.plain(), scale)
 
     def run(self, batches: Sequence[tuple[Any, Any]], *, shared_targets: bool) -> tuple[Tensor, Any]:
         """Run one step per batch."""
@@ -217,8 +234,8 @@ class FusedStep:
         if options is None:
             return None
         if self._compiled is None or self._compiled[0] is not options:
-            self._compiled = options, CompiledStep(self._models, options)
-        return self._compiled[1]
+            self._compiled, self.uncompiled = (options, CompiledStep(self._models, options)), False
+        return None if self.uncompiled else self._compiled[1]
 
     def _compiles_updates(self, stacks: list[list[Tensor]]) -> bool:
         """Whether the update too can be part of the compiled graph."""

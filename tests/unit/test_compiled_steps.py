@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -313,3 +314,100 @@ def test_many_batches_compile_each_for_itself(dynamo: Any) -> None:
         mb.enable_compile(backend="eager")
         mb(INPUTS)
         assert compiles(dynamo) == before + 1
+
+
+class Breaks(Branches):
+    """Has a graph break, where the compiler would have to do with two graphs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return super().forward(x)
+
+
+def test_what_cannot_be_compiled_in_one_piece_runs_without(dynamo: Any) -> None:
+    def drive(mb: ModelBatch, step: Any) -> Any:
+        losses = []
+        for both in (False, True, True, False):
+            mb.prototype.both = both
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                losses.append(step(*BATCHES[0]))
+            messages.append([str(entry.message) for entry in caught])
+        (report,) = mb.backend_report()["steps"]
+        assert (report["runs"], report["compiled"]) == ("vmap", False)
+        return losses
+
+    messages: list[list[str]] = []
+    run_both(dynamo, drive, Breaks)
+    assert [len(own) for own in messages] == [0, 0, 0, 0, 1, 0, 0, 0]
+    assert "not compiled" in messages[4][0]
+
+
+def test_a_forward_that_cannot_be_compiled_runs_without(dynamo: Any) -> None:
+    models = build(Breaks)
+    mb = ModelBatch(models)
+    mb.enable_compile(backend="eager")
+    expected = torch.stack([model(INPUTS) for model in models])
+    with pytest.warns(UserWarning, match="vectorised, but not compiled"):
+        assert_close(mb(INPUTS), expected)
+    assert_close(mb(INPUTS), expected)
+    assert not mb.backend_report()["compiled"]
+
+
+def test_too_many_graphs(dynamo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mb_torch.vmap.compiled._GRAPHS", 3)
+
+    def drive(mb: ModelBatch, step: Any) -> Any:
+        losses = []
+        for index in range(8):
+            mb.prototype.both, mb.prototype.dropout.eps = index % 3 == 0, float(index)
+            inputs = torch.cat([INPUTS] * 2)[: 2 + index]
+            losses.append(step(inputs, torch.zeros(len(inputs), dtype=torch.long)))
+        return losses
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run_both(dynamo, drive)
+
+
+def test_numbers_that_are_returned_are_those_of_the_call(dynamo: Any) -> None:
+    class Echoes(nn.Linear):
+        def forward(self, x: Tensor, number: float) -> Any:
+            return {"outputs": super().forward(x), "number": number}
+
+    mb = ModelBatch(build(lambda: Echoes(4, 3)))
+    mb.enable_compile(backend="eager")
+    numbers = (2, 3, 4, 5, 2.5, 3.5, 2)
+    assert [mb(INPUTS, number)["number"] for number in numbers] == list(numbers)
+
+
+def test_counters_in_attributes_count_passes(dynamo: Any) -> None:
+    class Counts(Branches):
+        calls = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x) * self.calls
+
+    def drive(mb: ModelBatch, step: Any) -> Any:
+        losses = [step(*batch) for batch in BATCHES]
+        assert mb.prototype.calls == len(BATCHES)
+        return losses
+
+    run_both(dynamo, drive, Counts)
+
+
+def test_clipping_keeps_double_precision(dynamo: Any) -> None:
+    models = [model.double() for model in build(Branches)]
+    batches = [(inputs.double(), labels) for inputs, labels in BATCHES]
+    mb = ModelBatch(models)
+    mb.enable_compile(backend="eager")
+    optimizer = sgd_for(mb)
+    step = mb.make_train_step(F.cross_entropy, optimizer, clip_norm=0.1)
+    losses = [step(*batch) for batch in batches]
+    expected = train_alone(models, batches, classify, clip_norm=0.1)
+    assert_close(everything(mb, optimizer, losses), as_tree(expected), atol=1e-13, rtol=1e-13)

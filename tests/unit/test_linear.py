@@ -180,3 +180,22 @@ def test_what_plain_pytorch_refuses_is_refused() -> None:
         model.bias = nn.Parameter(model.bias.detach().double())
     with pytest.raises(RuntimeError, match="dtype|type"):
         ModelBatch(models)(torch.randn(5, 4))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2,)], ids=str)
+def test_biases_of_other_shapes(shape: tuple[int, ...]) -> None:
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(shape))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return linear(x, self.weight, self.bias)
+
+    models = [Biased() for _ in range(NUM_MODELS)]
+    batch, inputs = ModelBatch(models), torch.randn(NUM_MODELS, 4)
+    assert_close(batch(inputs), torch.stack([model(inputs) for model in models]))
+    batch(inputs).square().sum().backward()
+    for index, model in enumerate(models):
+        model(inputs).square().sum().backward()
+        assert_close(batch.stacked_params["bias"].grad[index], model.bias.grad)

@@ -457,3 +457,47 @@ def test_inputs_changed_in_place_are_changed_every_time(count: int) -> None:
     for expected in (2.0, 4.0, 8.0):
         mb(inputs)
         assert inputs.unique().tolist() == [expected]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_inference_tensors_and_tensors_passed_twice(count: int) -> None:
+    class Doubles(nn.Linear):
+        def forward(self, x: Tensor, again: Tensor) -> Tensor:
+            x.mul_(2)
+            return super().forward(again)
+
+    models = build(lambda: Doubles(4, 3), count)
+    mb = ModelBatch(models, shared_input=False)
+    with torch.inference_mode():
+        inputs = torch.ones(count, 2, 4)
+        for expected in (2.0, 4.0, 8.0):
+            outputs = mb(inputs, inputs)
+            assert inputs.unique().tolist() == [expected]
+            for index, model in enumerate(models):
+                assert_close(outputs[index], F.linear(inputs[index], model.weight, model.bias))
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
+def test_hooks_for_all_modules_run() -> None:
+    def triple(module: nn.Module, grads: Any) -> Any:
+        return (grads[0] * 3,)
+
+    handle = nn.modules.module.register_module_full_backward_pre_hook(triple)
+    try:
+        models = build(mlp)
+        mb = ModelBatch(models)
+        optimizer = sgd_for(mb)
+        step = mb.make_train_step(F.cross_entropy, optimizer)
+        with pytest.warns(UserWarning, match="backward hooks for all modules"):
+            loss = step(*BATCHES[0])
+        expected = train_alone(models, BATCHES[:1], classify)
+    finally:
+        handle.remove()
+    assert_close(everything(mb, optimizer, [loss]), as_tree(expected))
+
+
+def test_models_whose_parameters_have_hooks_are_refused() -> None:
+    models = build(mlp)
+    models[1][0].weight.register_hook(lambda grad: grad * 0)
+    with pytest.raises(Unsupported, match="model 1: '0.weight' has hooks.*stacked_params"):
+        ModelBatch(models)
