@@ -183,7 +183,7 @@ def _summary(error: Exception) -> str:
 
 def _is_dynamos_limit(error: Exception) -> bool:
     exceptions = importlib.import_module("torch._dynamo.exc")
-    return isinstance(error, (exceptions.Unsupported, exceptions.FailOnRecompileLimitHit))
+    return isinstance(error, (exceptions.Unsupported, exceptions.UserError, exceptions.FailOnRecompileLimitHit))
 
 
 def _is_compiler_failure(error: Exception) -> bool:
