@@ -25,6 +25,7 @@ from benchmarks.measure import (
 )
 from benchmarks.worker import Weights, Worker, WorkerFailed
 from benchmarks.workloads import MLPs
+from tests.marks import needs_compiler
 
 SMALL = MLPs(num_models=3, features=6, hidden=5, classes=4, batch=8)
 ONE = replace(SMALL, num_models=1)
@@ -194,6 +195,7 @@ def test_a_failed_installation_leaves_nothing(monkeypatch: pytest.MonkeyPatch, t
     assert [path.name for path in tmp_path.iterdir()] == [".gitignore"]
 
 
+@needs_compiler
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_quick_run(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from mb_torch import ModelBatch, OptimizerFactory, RoutedTensor, Unsupported
 from tests.compare import assert_close, assert_equal
+from tests.marks import needs_compiler
 from tests.parity.loop import as_tree, train_alone
 from tests.unit.test_train_step import BATCHES, INPUTS, build, classify, everything, sgd_for, states
 
@@ -147,6 +148,7 @@ def test_a_compiler_that_fails_is_not_mistaken_for_a_model_that_cannot_be_batche
 inductor = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 
 
+@needs_compiler
 @inductor
 @pytest.mark.long
 @pytest.mark.parametrize("count", [1, 3])
@@ -163,6 +165,7 @@ def test_the_default_compiler_trains_like_the_loop(dynamo: Any, count: int) -> N
     assert_close(everything(mb, optimizer, losses), as_tree(train_alone(models, BATCHES, classify)))
 
 
+@needs_compiler
 @inductor
 @pytest.mark.long
 def test_the_default_compiler_in_the_eager_loop(dynamo: Any) -> None:

@@ -21,6 +21,7 @@ from mb_torch.errors import InvalidInput, Unsupported
 from mb_torch.random_streams import RandomStreams
 from mb_torch.vmap.random_ops import COMPOSITES, REPLACEMENTS
 from mb_torch.vmap.rng import Stream, make_keys, seeded
+from tests.marks import needs_compiler
 
 CPU = torch.device("cpu")
 Function = Callable[[Tensor], Tensor]
@@ -836,6 +837,7 @@ def test_compiled_functions_draw_the_same_numbers_without_recompiling() -> None:
 
 # torch's own compiler imports what it has deprecated.
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@needs_compiler
 def test_inductor_draws_the_same_numbers_forward_and_backward() -> None:
     torch._dynamo.reset()
 
