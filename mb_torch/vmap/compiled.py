@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from mb_torch.errors import Unsupported
-from mb_torch.vmap.mapping import ModelMap, Trace
+from mb_torch.stacked.one_model import Trace
+from mb_torch.vmap.mapping import ModelMap
 
 T = TypeVar("T")
 

@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from mb_torch.clipping import clip_gradients_
+from mb_torch.stacked.optim import PendingUpdate, StackedOptimizer
+from mb_torch.stacked.step_update import Place
+from mb_torch.stacked.updates import UpdateInputs, apply_updates
 from mb_torch.vmap.autocast import honoured_autocast
 from mb_torch.vmap.compiled import CompiledFunction
 from mb_torch.vmap.mapping import ModelMap, randomness, split_leaves
-from mb_torch.vmap.optim import PendingUpdate, StackedOptimizer
-from mb_torch.vmap.updates import UpdateInputs, apply_updates
-
-Place = tuple[int, int]
-"""A trained stack: which definition, and its position among that definition's tensors."""
 
 Used = tuple[Place, ...]
 """The trained stacks that take part in the loss."""

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from mb_torch.backend import Backend, BatchSpec, Capabilities, Step, StepSpec
 from mb_torch.errors import InvalidInput
-from mb_torch.vmap.arguments import Arguments
+from mb_torch.stacked.arguments import Arguments
+from mb_torch.stacked.optim import make_optimizer
+from mb_torch.stacked.packing import check_loss
+from mb_torch.stacked.parts import Plan, plan_parts
 from mb_torch.vmap.compiled import CompiledFunction, NotCompilable
-from mb_torch.vmap.definition import Definition
+from mb_torch.vmap.definition import BatchableDefinition
 from mb_torch.vmap.host_memory import keep_freed_memory
-from mb_torch.vmap.mapping import Fallback, ModelMap, check_loss, with_model_axis
-from mb_torch.vmap.optim import make_optimizer
-from mb_torch.vmap.parts import Plan, plan_parts
+from mb_torch.vmap.mapping import Fallback, ModelMap, with_model_axis
 from mb_torch.vmap.rng import make_keys
 from mb_torch.vmap.step import FusedStep
 
@@ -42,7 +43,7 @@ class VmapBackend:
 
     def _prepare(self) -> None:
         keep_freed_memory()
-        self.definition = Definition(self.spec.prototype, self.spec.state)
+        self.definition = BatchableDefinition(self.spec.prototype, self.spec.state)
         self._models = ModelMap([self.definition], _call_model)
         self._fallback = Fallback([self.definition])
         self._loss_fallbacks: WeakKeyDictionary[Callable[..., Any], Fallback] = WeakKeyDictionary()

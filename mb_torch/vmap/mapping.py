@@ -2,96 +2,39 @@
 
 from __future__ import annotations
 
-import enum
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mb_torch.errors import InvalidInput, ModelBatchError, Unsupported
-from mb_torch.trees import put_together, take_apart
-from mb_torch.vmap.arguments import Arguments
+from mb_torch.stacked.arguments import Arguments
+from mb_torch.stacked.one_model import OneModel, Trace
+from mb_torch.stacked.packing import pack
 from mb_torch.vmap.autocast import honoured_autocast
-from mb_torch.vmap.definition import Definition
+from mb_torch.vmap.definition import BatchableDefinition
 from mb_torch.vmap.linear import stacked_linear
 from mb_torch.vmap.rng import seeded
 
 T = TypeVar("T")
 
-_CONSTANTS = (type(None), bool, int, float, str, bytes, enum.Enum, torch.dtype, torch.device, torch.Size)
 
-
-class Packing(NamedTuple):
-    """How a pytree was taken apart: its structure and, for each leaf, the leaf itself if it is no tensor."""
-
-    structure: pytree.TreeSpec | None
-    constants: list[Any]
-
-    @property
-    def has_numbers(self) -> bool:
-        """Whether a Python number is among the leaves."""
-        return any(isinstance(leaf, (int, float)) and not isinstance(leaf, bool) for leaf in self.constants)
-
-    def unpack(self, tensors: Sequence[Tensor]) -> Any:
-        """Put a pytree together again from its tensors."""
-        remaining = iter(tensors)
-        leaves = [next(remaining) if constant is _TENSOR else constant for constant in self.constants]
-        return put_together(leaves, self.structure)
-
-
-_TENSOR = object()
-
-
-def pack(tree: Any) -> tuple[list[Tensor], Packing]:
-    """Take a pytree apart into its tensors and the rest.
-
-    Raises:
-        Unsupported: A leaf is an object that may hide tensors.
-    """
-    leaves, structure = take_apart(tree)
-    for leaf in leaves:
-        if not isinstance(leaf, (Tensor, *_CONSTANTS)):
-            raise Unsupported(
-                f"a model returned a {type(leaf).__name__}, which may hold tensors out of reach",
-                fix="Return tensors, tuples, lists or dicts, or register the class with torch.utils._pytree.",
-            )
-    constants = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)], Packing(structure, constants)
-
-
-class Trace(NamedTuple):
-    """What the last run of a model showed besides tensors.
-
-    Attributes:
-        packing: The form of the result.
-        replaced: For each definition, the positions of the buffers that the forward pass replaced.
-        drew: Whether random numbers were drawn from the model's stream.
-    """
-
-    packing: Packing
-    replaced: list[list[int]]
-    drew: bool
-
-
-class ModelMap:
+class ModelMap(OneModel):
     """A function of one model (of each definition), ready to run over all models.
 
     Args:
         definitions: The definitions whose prototypes the function gets.
         body: ``body(*prototypes, *trees)``, the work of one model; returns a pytree.
-
-    Attributes:
-        trace: What the last run showed; None before the first.
     """
 
-    def __init__(self, definitions: Sequence[Definition], body: Callable[..., Any]) -> None:
-        self.definitions = list(definitions)
-        self.body = body
-        self.trace: Trace | None = None
+    definitions: list[BatchableDefinition]  # type: ignore[assignment]
+
+    def __init__(self, definitions: Sequence[BatchableDefinition], body: Callable[..., Any]) -> None:
+        super().__init__(definitions, body)
 
     def batchable(self) -> AbstractContextManager[Any]:
         """Return a context in which submodules that vmap cannot run are of classes that it can.
@@ -99,8 +42,7 @@ class ModelMap:
         Raises:
             RuntimeError: A submodule has backward hooks, which vmap would pass over in silence.
         """
-        for definition in self.definitions:
-            definition.refuse_backward_hooks()
+        self.refuse_backward_hooks()
         return self._swapped()
 
     def _swapped(self) -> AbstractContextManager[Any]:
@@ -126,18 +68,12 @@ class ModelMap:
             The tensors of the result, and the buffers that were replaced.
         """
         drew = False
-        for definition, own in zip(self.definitions, tensors, strict=True):
-            definition.bind(own)
-        try:
-            prototypes = [definition.prototype for definition in self.definitions]
-            if key is None:
-                result = self.body(*prototypes, *trees)
-            else:
-                with seeded(key) as stream:
-                    result = self.body(*prototypes, *trees)
-                drew = stream.draws > 0
-        finally:
-            replaced = [d.unbind(own) for d, own in zip(self.definitions, tensors, strict=True)]
+        if key is None:
+            result, replaced = self.call(tensors, trees)
+        else:
+            with seeded(key) as stream:
+                result, replaced = self.call(tensors, trees)
+            drew = stream.draws > 0
         outputs, packing = pack(result)
         if not torch.compiler.is_compiling():
             self.trace = Trace(packing, [list(positions) for positions in replaced], drew)
@@ -230,7 +166,7 @@ class Fallback:
         definitions: The definitions that are run.
     """
 
-    def __init__(self, definitions: Sequence[Definition]) -> None:
+    def __init__(self, definitions: Sequence[BatchableDefinition]) -> None:
         self.definitions = list(definitions)
         self._one_by_one: set[bool] = set()
         self._proven: set[bool] = set()
@@ -307,23 +243,6 @@ class Fallback:
                 name = definition.module_name(module) or name  # type: ignore[arg-type]
             traceback = traceback.tb_next
         return name
-
-
-def check_loss(loss: Any) -> Tensor:
-    """Return the loss of one model if it is one number.
-
-    Raises:
-        InvalidInput: The loss has another form; per-row losses, say.
-    """
-    if isinstance(loss, Tensor) and loss.dim() == 0:
-        return loss
-    received = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-    raise InvalidInput(
-        "the loss function must return one value per model",
-        received=received,
-        expected="a 0-dim tensor for each model",
-        fix="Reduce over the rows, for example with reduction='mean'.",
-    )
 
 
 def _put_back(buffers: Sequence[Tensor], saved: Sequence[Tensor]) -> None:

@@ -16,12 +16,13 @@ from torch import Tensor
 from mb_torch.backend import StepSpec
 from mb_torch.clipping import rows
 from mb_torch.errors import InvalidInput, Unsupported
-from mb_torch.vmap.arguments import Arguments
+from mb_torch.stacked.arguments import Arguments
+from mb_torch.stacked.packing import check_loss
+from mb_torch.stacked.parts import Plan, plan_parts
+from mb_torch.stacked.step_update import Gradients, PendingGradients, check_optimizer, update_models, updates_exactly
 from mb_torch.vmap.compiled import NotCompilable
 from mb_torch.vmap.compiled_step import CompiledStep, Job, Used, trained_places
-from mb_torch.vmap.mapping import Fallback, ModelMap, check_loss, with_model_axis
-from mb_torch.vmap.parts import Plan, plan_parts
-from mb_torch.vmap.step_update import Gradients, PendingGradients, check_optimizer, update_models, updates_exactly
+from mb_torch.vmap.mapping import Fallback, ModelMap, with_model_axis
 
 if TYPE_CHECKING:
     from mb_torch.vmap.engine import VmapBackend

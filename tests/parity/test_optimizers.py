@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
 
 from mb_torch.schedule import create_lr_scheduler
-from mb_torch.vmap import optim as stacked_optim
-from mb_torch.vmap.optim import StackedOptimizer, make_optimizer
-from mb_torch.vmap.views import ViewOptimizer
+from mb_torch.stacked import optim as stacked_optim
+from mb_torch.stacked.optim import StackedOptimizer, make_optimizer
+from mb_torch.stacked.views import ViewOptimizer
 from tests.compare import assert_close
 from tests.optimizers import (
     CASES,

@@ -15,7 +15,7 @@ from torch import Tensor, nn, optim
 
 from mb_torch.amp import GradScaler, finite_models
 from mb_torch.errors import InvalidInput, InvalidState, Unsupported
-from mb_torch.vmap.optim import make_optimizer
+from mb_torch.stacked.optim import make_optimizer
 from tests.compare import assert_different, assert_equal
 from tests.optimizers import CASES, NAMES, NUM_MODELS, StandInBatch, starting_values
 

@@ -10,8 +10,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from mb_torch.routed import RoutedTensor
+from mb_torch.stacked.arguments import Arguments
 from mb_torch.trees import leaves_of, put_together, take_apart
-from mb_torch.vmap.arguments import Arguments
 
 
 class Pair(NamedTuple):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 from mb_torch.errors import Unsupported
-from mb_torch.vmap.leftovers import Forgotten, Leftovers
+from mb_torch.stacked.leftovers import Forgotten, Leftovers
 from tests.compare import assert_close
 from tests.zoo import by_name
 

@@ -22,10 +22,10 @@ from mb_torch.optimizer import (
     create_lr_sweep_configs,
     create_sgd_configs,
 )
-from mb_torch.vmap.buckets import Bucket, lerp_
-from mb_torch.vmap.optim import StackedOptimizer, make_optimizer
-from mb_torch.vmap.updates import UpdateInputs, apply_updates
-from mb_torch.vmap.views import ViewOptimizer
+from mb_torch.stacked.buckets import Bucket, lerp_
+from mb_torch.stacked.optim import StackedOptimizer, make_optimizer
+from mb_torch.stacked.updates import UpdateInputs, apply_updates
+from mb_torch.stacked.views import ViewOptimizer
 from tests.compare import assert_close, assert_different, assert_equal
 from tests.optimizers import (
     CASES,

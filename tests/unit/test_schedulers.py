@@ -17,7 +17,7 @@ from torch.optim import lr_scheduler as schedules
 from mb_torch.errors import InvalidInput, Unsupported
 from mb_torch.optimizer import OptimizerFactory
 from mb_torch.schedule import create_lr_scheduler
-from mb_torch.vmap.optim import make_optimizer
+from mb_torch.stacked.optim import make_optimizer
 from tests.optimizers import NUM_MODELS, StandInBatch
 
 LRS = [0.1, 0.2, 0.4]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from mb_torch.amp import finite_models
 from mb_torch.configs import call_with_config
 from mb_torch.errors import InvalidInput, InvalidState, Unsupported
-from mb_torch.vmap.model_view import ModelView, Stack
-from mb_torch.vmap.optimizer_state import check_shape, split_state
+from mb_torch.stacked.model_view import ModelView, Stack
+from mb_torch.stacked.optimizer_state import check_shape, split_state
 
 
 class PerModelOptimizer(torch.optim.Optimizer):

@@ -1,4 +1,4 @@
-"""The update rules of nine optimizers; `mb_torch.vmap.updates` says what a rule consists of."""
+"""The update rules of nine optimizers; `mb_torch.stacked.updates` says what a rule consists of."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mb_torch.vmap.buckets import (
+from mb_torch.stacked.buckets import (
     Bucket,
     Tensors,
     Value,
@@ -24,7 +24,7 @@ from mb_torch.vmap.buckets import (
     root,
     scale_,
 )
-from mb_torch.vmap.updates import Rule
+from mb_torch.stacked.updates import Rule
 
 
 def _momentum_flags(momenta: Sequence[float]) -> dict[str, bool]:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mb_torch.errors import InvalidState
-from mb_torch.vmap.buckets import Value
-from mb_torch.vmap.model_view import Stack
-from mb_torch.vmap.updates import Rule
+from mb_torch.stacked.buckets import Value
+from mb_torch.stacked.model_view import Stack
+from mb_torch.stacked.updates import Rule
 
 
 class StackedOptimizerState:

@@ -11,10 +11,12 @@ from mb_torch.amp import GradScaler
 from mb_torch.backend import StepSpec
 from mb_torch.clipping import clip_gradients_, rows, separate
 from mb_torch.errors import InvalidInput, Unsupported
-from mb_torch.vmap.compiled_step import Place
-from mb_torch.vmap.definition import Definition
-from mb_torch.vmap.optim import StackedOptimizer
-from mb_torch.vmap.views import PerModelOptimizer
+from mb_torch.stacked.definition import Definition
+from mb_torch.stacked.optim import StackedOptimizer
+from mb_torch.stacked.views import PerModelOptimizer
+
+Place = tuple[int, int]
+"""A trained stack: which definition, and its position among that definition's tensors."""
 
 Gradients = list[Tensor | None]
 

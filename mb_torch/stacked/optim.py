@@ -1,7 +1,7 @@
 """Per-model optimizers on whole stacks: `make_optimizer` chooses, `StackedOptimizer` updates.
 
-What a rule is stands in `mb_torch.vmap.updates`, the rules in `mb_torch.vmap.update_rules`; what no rule covers goes
-through `mb_torch.vmap.views.ViewOptimizer`.
+What a rule is stands in `mb_torch.stacked.updates`, the rules in `mb_torch.stacked.update_rules`; what no rule covers
+goes through `mb_torch.stacked.views.ViewOptimizer`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch.optim import Optimizer
 
 from mb_torch.configs import call_with_config, check_configs
 from mb_torch.errors import InvalidInput, InvalidState, Unsupported
-from mb_torch.vmap.buckets import Bucket, Value
-from mb_torch.vmap.model_view import ModelView, Stack
-from mb_torch.vmap.optimizer_state import StackedOptimizerState, StateOfViews, options, split_state
-from mb_torch.vmap.update_rules import RULES
-from mb_torch.vmap.updates import Rule, Static, UpdateInputs, as_real, next_step, update_bucket
-from mb_torch.vmap.views import PerModelOptimizer, ViewOptimizer, refuse_unsupported_groups
+from mb_torch.stacked.buckets import Bucket, Value
+from mb_torch.stacked.model_view import ModelView, Stack
+from mb_torch.stacked.optimizer_state import StackedOptimizerState, StateOfViews, options, split_state
+from mb_torch.stacked.update_rules import RULES
+from mb_torch.stacked.updates import Rule, Static, UpdateInputs, as_real, next_step, update_bucket
+from mb_torch.stacked.views import PerModelOptimizer, ViewOptimizer, refuse_unsupported_groups
 
 # Stacks are updated in buckets of about this size, so that temporaries stay in the cache of a CPU and small
 # beside the stacks on an accelerator, where each operation costs more to start.

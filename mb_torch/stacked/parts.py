@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mb_torch.errors import InvalidInput
 from mb_torch.routed import RoutedTensor, plain
-from mb_torch.vmap.arguments import Arguments
+from mb_torch.stacked.arguments import Arguments
 
 
 @dataclass(frozen=True)

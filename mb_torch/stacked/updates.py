@@ -11,7 +11,7 @@ float64 tensor ``[num_models]``. Each `Rule` is split so that it reads like the 
 * `update_by_kernel` does all of it for a single model, where torch has a kernel.
 
 Models that must not change are put back to what they were, so that nothing reaches them, not even a NaN. The rules
-themselves are in `mb_torch.vmap.update_rules`.
+themselves are in `mb_torch.stacked.update_rules`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from mb_torch.vmap.buckets import Bucket, Value, choose, spread
+from mb_torch.stacked.buckets import Bucket, Value, choose, spread
 
 
 class Rule:
@@ -196,7 +196,7 @@ def apply_updates(inputs: UpdateInputs, grads: Sequence[Tensor], active: Tensor 
         active: Which models may change, bool ``[num_models]``, the same that `begin_update` got; None for all.
 
     Example:
-        >>> from mb_torch.vmap.optim import make_optimizer
+        >>> from mb_torch.stacked.optim import make_optimizer
         >>> weight = torch.nn.Parameter(torch.ones(2, 3))
         >>> optimizer = make_optimizer(torch.optim.SGD, [{"lr": 0.1}, {"lr": 0.5}], {"weight": weight}, 2)
         >>> pending = optimizer.begin_update()
