@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 ENVIRONMENT_VARIABLE = "MODELBATCH_BACKEND"
 DEFAULT_BACKEND = "torch"
 
-_REGISTRY: dict[str, str] = {"torch": "mb_torch.vmap.engine:VmapBackend"}
+_REGISTRY: dict[str, str] = {
+    "torch": "mb_torch.vmap.engine:VmapBackend",
+    "jax": "mb_jax.engine:JaxBackend",
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class BatchSpec:
         num_models: How many models there are.
         chunk_size: At most so many models run at once; None is all of them.
         streams: Per-model random streams, or None for torch's global generator.
+        options: Options of the backend itself.
     """
 
     prototype: nn.Module
@@ -58,6 +62,7 @@ class BatchSpec:
     num_models: int
     chunk_size: int | None = None
     streams: RandomStreams | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

@@ -55,6 +55,8 @@ class ModelBatch(nn.Module):
             the memory for activations. Default: all at once.
         device: Where to put the stacks. Default: where the models are.
         ignore: Names of settings that may differ between the models; model 0's is used for all.
+        backend_options: Options of the backend itself. ``"torch"`` has none; those of ``"jax"`` are described at
+            `mb_jax.JaxOptions`.
 
     Attributes:
         num_models: How many models there are.
@@ -95,6 +97,7 @@ class ModelBatch(nn.Module):
         chunk_size: int | None = None,
         device: torch.device | str | None = None,
         ignore: Collection[str] = (),
+        backend_options: Mapping[str, Any] | None = None,
     ) -> None:
         name = resolve_backend_name(backend)
         models = list(models)
@@ -104,7 +107,8 @@ class ModelBatch(nn.Module):
         for model in models:
             builder.add(model)
         streams = None if seeds is None else RandomStreams(seeds, len(models))
-        self._set_up(name, *builder.finish(), len(models), shared_input, chunk_size, streams)
+        options = dict(backend_options or {})
+        self._set_up(name, *builder.finish(), len(models), shared_input, chunk_size, streams, options)
 
     def _set_up(
         self,
@@ -115,6 +119,7 @@ class ModelBatch(nn.Module):
         shared_input: bool,
         chunk_size: int | None,
         streams: RandomStreams | None,
+        options: dict[str, Any],
     ) -> None:
         super().__init__()
         if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
@@ -126,7 +131,7 @@ class ModelBatch(nn.Module):
         self.training = prototype.training
         self.latest_losses: Tensor | None = None
         # Not a submodule: it would show up in parameters() and state_dict().
-        self._spec = BatchSpec(prototype, state, num_models, chunk_size, streams)
+        self._spec = BatchSpec(prototype, state, num_models, chunk_size, streams, options)
         self.backend: Backend = create_backend(backend, self._spec)
 
     @classmethod
@@ -141,6 +146,7 @@ class ModelBatch(nn.Module):
         chunk_size: int | None = None,
         device: torch.device | str | None = None,
         ignore: Collection[str] = (),
+        backend_options: Mapping[str, Any] | None = None,
     ) -> ModelBatch:
         """Build a batch model by model, so that no more than one model exists beside the stacks.
 
@@ -155,6 +161,7 @@ class ModelBatch(nn.Module):
             chunk_size: As in the constructor.
             device: As in the constructor.
             ignore: As in the constructor.
+            backend_options: As in the constructor.
 
         Returns:
             A batch of ``len(seeds)`` models.
@@ -178,7 +185,8 @@ class ModelBatch(nn.Module):
         assert builder is not None
         batch = cls.__new__(cls)
         own = streams if own_streams else None
-        batch._set_up(name, *builder.finish(), len(seeds), shared_input, chunk_size, own)
+        options = dict(backend_options or {})
+        batch._set_up(name, *builder.finish(), len(seeds), shared_input, chunk_size, own, options)
         return batch
 
     @property
@@ -460,6 +468,7 @@ class ModelBatch(nn.Module):
             self.shared_input,
             self._spec.chunk_size,
             streams,
+            self._spec.options,
         )
         batch.training = self.training
         return batch

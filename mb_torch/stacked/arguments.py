@@ -25,6 +25,7 @@ class Arguments:
     Attributes:
         leaves: All leaves in a row.
         mapped: For each leaf, whether it is a tensor with a leading model axis.
+        structures: For each argument its form; None for a single leaf.
 
     Example:
         >>> import torch
@@ -46,14 +47,14 @@ class Arguments:
     def _set(self, leaves: list[Any], mapped: list[bool], structures: list[Any]) -> None:
         self.leaves = leaves
         self.mapped = mapped
-        self._structures = structures
+        self.structures = structures
         self._routed = [leaf for leaf in leaves if isinstance(leaf, RoutedTensor)]
         self._trees = None
 
     def with_leaves(self, leaves: Sequence[Any]) -> Arguments:
         """Return arguments of the same structure."""
         others = object.__new__(Arguments)
-        others._set(list(leaves), self.mapped, self._structures)
+        others._set(list(leaves), self.mapped, self.structures)
         return others
 
     @property
@@ -65,7 +66,7 @@ class Arguments:
 
     def _joined(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
         trees, first = [], 0
-        for structure in self._structures:
+        for structure in self.structures:
             count = 1 if structure is None else structure.num_leaves
             trees.append(put_together(leaves[first : first + count], structure))
             first += count

@@ -39,6 +39,10 @@ class Stack:
         """How many models the stack holds."""
         return self.parameter.shape[0]
 
+    def view(self, model: int) -> ModelView:
+        """Return model i's part as a leaf of its own."""
+        return ModelView(self, model)
+
     @property
     def has_cleared(self) -> bool:
         """Whether single models' gradients were set to None since the stack's were."""

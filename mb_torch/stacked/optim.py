@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from mb_torch.configs import call_with_config, check_configs
 from mb_torch.errors import InvalidInput, InvalidState, Unsupported
 from mb_torch.stacked.buckets import Bucket, Value
-from mb_torch.stacked.model_view import ModelView, Stack
+from mb_torch.stacked.model_view import Stack
 from mb_torch.stacked.optimizer_state import StackedOptimizerState, StateOfViews, options, split_state
 from mb_torch.stacked.update_rules import RULES
 from mb_torch.stacked.updates import Rule, Static, UpdateInputs, as_real, next_step, update_bucket
@@ -35,6 +35,8 @@ def make_optimizer(
     configs: Sequence[Mapping[str, Any]],
     stacks: Mapping[str, nn.Parameter],
     num_models: int,
+    stack_cls: type[Stack] = Stack,
+    stacked_cls: type[StackedOptimizer] | None = None,
 ) -> PerModelOptimizer:
     """Return an optimizer with one live parameter group per model.
 
@@ -43,6 +45,8 @@ def make_optimizer(
         configs: Its options, one dict per model.
         stacks: Parameters by name, each ``[num_models, ...]``; frozen ones are left out.
         num_models: How many models there are.
+        stack_cls: A backend's own kind of stack.
+        stacked_cls: A backend's own kind of `StackedOptimizer`.
 
     Returns:
         A `StackedOptimizer` where there is a rule for the class and the models agree on its switches, else a
@@ -61,7 +65,7 @@ def make_optimizer(
         [0.8999999761581421, 0.5]
     """
     own = check_configs(configs, num_models)
-    trainable = [Stack(name, parameter) for name, parameter in stacks.items() if parameter.requires_grad]
+    trainable = [stack_cls(name, parameter) for name, parameter in stacks.items() if parameter.requires_grad]
     if not trainable:
         raise InvalidInput("the models have no parameter that requires a gradient", received=[*stacks])
     rule_cls = _class_with_rule(optimizer_cls)
@@ -76,7 +80,7 @@ def make_optimizer(
     switches = [tuple(bool(single.param_groups[0][key]) for key in RULES[rule_cls].switches) for single in singles]
     if len(set(switches)) > 1:
         return ViewOptimizer(optimizer_cls, own, trainable, num_models)
-    return StackedOptimizer(RULES[rule_cls], singles, trainable, num_models)
+    return (stacked_cls or StackedOptimizer)(RULES[rule_cls], singles, trainable, num_models)
 
 
 def _class_with_rule(optimizer_cls: type[Optimizer]) -> type[Optimizer] | None:
@@ -154,16 +158,18 @@ class StackedOptimizer(PerModelOptimizer):
         num_models: How many models there are.
     """
 
+    state_cls: ClassVar[type[StackedOptimizerState]] = StackedOptimizerState
+
     def __init__(self, rule: Rule, singles: Sequence[Optimizer], stacks: Sequence[Stack], num_models: int) -> None:
         self.rule = rule
         self._options_of = itemgetter(*rule.numbers, *rule.switches)
         # Knows how a parameter group of any torch version becomes one of this version.
         self._single = singles[0]
         initial = {name: [s.param_groups[0][key] for s in singles] for name, key in rule.initial.items()}
-        self._stacked_state = StackedOptimizerState(rule, stacks, num_models, initial)
+        self._stacked_state = self.state_cls(rule, stacks, num_models, initial)
         self._forget()
         groups = [
-            {"params": [ModelView(stack, model) for stack in stacks], **options(single.param_groups[0])}
+            {"params": [stack.view(model) for stack in stacks], **options(single.param_groups[0])}
             for model, single in enumerate(singles)
         ]
         super().__init__(stacks, num_models, groups, dict(singles[0].defaults))

@@ -50,11 +50,15 @@ class StackedOptimizerState:
         """Return a state tensor of a stack, made when it is first needed."""
         tensor = self._tensors[name][position]
         if tensor is None:
-            tensor = torch.zeros_like(self.stacks[position].parameter, requires_grad=False)
+            tensor = self.stored(torch.zeros_like(self.stacks[position].parameter, requires_grad=False))
             if name in self._initial:
                 for model in range(self.num_models):
                     self._reset(name, model, tensor[model])
             self._tensors[name][position] = tensor
+        return tensor
+
+    def stored(self, tensor: Tensor) -> Tensor:
+        """The form in which a state tensor is kept."""
         return tensor
 
     def _reset(self, name: str, model: int, row: Tensor) -> None:
@@ -95,7 +99,7 @@ class StackedOptimizerState:
         for tensors in self._tensors.values():
             for position, tensor in enumerate(tensors):
                 if tensor is not None:
-                    tensors[position] = tensor.to(self.stacks[position].parameter)
+                    tensors[position] = self.stored(tensor.to(self.stacks[position].parameter))
         self.set_counts([self.counts(position) for position in range(len(self.stacks))])
 
     def pack(self, models: Sequence[int], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mb_torch.amp import finite_models
 from mb_torch.configs import call_with_config
 from mb_torch.errors import InvalidInput, InvalidState, Unsupported
-from mb_torch.stacked.model_view import ModelView, Stack
+from mb_torch.stacked.model_view import Stack
 from mb_torch.stacked.optimizer_state import check_shape, split_state
 
 
@@ -247,7 +247,7 @@ class ViewOptimizer(PerModelOptimizer):
         self.optimizer_cls = optimizer_cls
         self._configs = [dict(config) for config in configs]
         self.optimizers = [
-            call_with_config(f"model {i}", optimizer_cls, ([ModelView(stack, i) for stack in stacks],), config)
+            call_with_config(f"model {i}", optimizer_cls, ([stack.view(i) for stack in stacks],), config)
             for i, config in enumerate(configs)
         ]
         for model, optimizer in enumerate(self.optimizers):

@@ -37,6 +37,8 @@ class VmapBackend:
     capabilities = Capabilities(torch_compile=True, ragged_rows=True)
 
     def __init__(self, spec: BatchSpec) -> None:
+        if spec.options:
+            raise InvalidInput("backend_options", received=f"{[*spec.options]}", expected="none for backend='torch'")
         self.spec = spec
         self.compile_options: dict[str, Any] | None = None
         self._prepare()

@@ -158,14 +158,21 @@ def one_warning_naming(case: Case, *, per_model: bool) -> Iterator[None]:
     assert "one after another" in messages[0]
 
 
-def check(case: Case, train: Callable[..., list[Trained]], *, count: int = NUM_MODELS, per_model: bool = False) -> None:
+def check(
+    case: Case,
+    train: Callable[..., list[Trained]],
+    *,
+    count: int = NUM_MODELS,
+    per_model: bool = False,
+    backend: str = "torch",
+) -> None:
     models = models_of(case, count)
     batches = batches_of(case)
     given = batches
     if per_model:
         batches = [[case.batch(100 * index + step) for index in range(count)] for step in range(STEPS)]
         given = [stacked(own) for own in batches]
-    mb = ModelBatch(models, shared_input=not per_model)
+    mb = ModelBatch(models, shared_input=not per_model, backend=backend)
     with one_warning_naming(case, per_model=per_model):
         received = train(mb, given)
     expected = train_alone(models, batches, loss_of)

@@ -1,0 +1,268 @@
+"""Records what a torch function does as a graph of functional operations.
+
+PyTorch itself runs the function once on tensors without values, so Python control flow, views, in-place changes, type
+promotion and autograd's boundaries (``detach``, ``no_grad``) mean exactly what they mean in PyTorch. What is left is
+a list of core operations with known shapes and dtypes, each of which has one lowering in `bridge.ops`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.modules import transformer
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from bridge.ops.decompositions import decompositions
+from bridge.ops.random import is_random
+from bridge.ops.whole import keep_whole
+from bridge.translation import TensorFunction
+from mb_torch.errors import ModelBatchError, Unsupported
+
+
+class Traced(NamedTuple):
+    """A function as a graph.
+
+    Attributes:
+        graph: Placeholders for the inputs, operations, one output: a list of tensors.
+        constants: Tensors that the function took from elsewhere, by the name its nodes use.
+        draws: Whether any operation draws random numbers.
+        unchanged: For each output, the input it is (a copy of), or None.
+        reached: For each output, the inputs that gradients flow to from it.
+        dtypes: The dtype of each output.
+        text: The graph as text; equal texts compute the same from inputs of equal shapes and dtypes.
+    """
+
+    graph: fx.Graph
+    constants: dict[str, Tensor]
+    draws: bool
+    unchanged: list[int | None]
+    reached: list[frozenset[int]]
+    dtypes: list[torch.dtype]
+    text: str
+
+    @property
+    def operations(self) -> list[fx.Node]:
+        """The nodes that compute something."""
+        return [node for node in self.graph.nodes if node.op == "call_function" and node.target is not operator.getitem]
+
+
+def trace(function: TensorFunction, inputs: Sequence[Tensor], modules: Sequence[nn.Module] = ()) -> Traced:
+    """Record what a function does to its inputs.
+
+    Args:
+        function: Takes and returns a flat sequence of tensors. It may change its inputs in place; to see such changes
+            outside, it must return the inputs.
+        inputs: Tensors whose shape, dtype and ``requires_grad`` stand for those of every later call.
+        modules: Modules that the function calls, for names in errors.
+
+    Returns:
+        The graph, without in-place operations and views.
+
+    Raises:
+        Unsupported: The function looks at values (``.item()``, ``if tensor:``, boolean selection) or does what cannot
+            be recorded; the error names the innermost submodule.
+
+    Example:
+        >>> traced = trace(lambda inputs: [inputs[0].relu().add_(1)], [torch.zeros(3)])
+        >>> [str(node.target) for node in traced.operations][-2:]
+        ['aten.relu.default', 'aten.add.Tensor']
+    """
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = [_fake(fake_mode, tensor) for tensor in inputs]
+
+    def recorded(*given: Tensor) -> list[Tensor]:
+        # Copies, so that changes in place stay inside.
+        own = [tensor.clone() for tensor in given]
+        with _Boundaries(), keep_whole():
+            return list(function(own))
+
+    failure: Exception | None = None
+    with ExitStack() as stack:
+        stack.enter_context(without_fast_paths())
+        stack.enter_context(torch.enable_grad())
+        where = stack.enter_context(_current_module(modules))
+        try:
+            with fake_mode:
+                # Decompositions change tensors in place too, below the first pass.
+                module = _record(_record(recorded, fakes), fakes)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise _looks_at_values(error, where()) from error
+        except UnsupportedOperatorException as error:
+            raise Unsupported(
+                f"{where()} calls {error.func}, which cannot be recorded without values", fix=_REMEDY
+            ) from error
+        except ModelBatchError:
+            raise
+        except Exception as error:  # what the function itself or PyTorch raises
+            name = where()
+            failure = error
+    if failure is not None:
+        _raise_as_plain_torch(function, inputs)
+        first_line = str(failure).strip().split("\n", 1)[0]
+        raise Unsupported(f"{name} cannot be recorded: {type(failure).__name__}: {first_line}") from failure
+    module.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    nodes = list(module.graph.nodes)
+    constants = {node.target: getattr(module, node.target).detach() for node in nodes if node.op == "get_attr"}
+    draws = any(node.op == "call_function" and is_random(node.target) for node in nodes)
+    dtypes = [result.meta["val"].dtype for result in nodes[-1].args[0]]
+    text = f"{module.graph}{[(name, value.tolist()) for name, value in constants.items()]}"
+    return Traced(module.graph, constants, draws, _unchanged(module.graph), _reached(module.graph), dtypes, text)
+
+
+def _record(function: Callable[..., Any], fakes: Sequence[Tensor]) -> fx.GraphModule:
+    return make_fx(
+        functionalize(function, remove="mutations_and_views"),
+        tracing_mode="fake",
+        decomposition_table=decompositions(),
+        _allow_non_fake_inputs=True,
+    )(*fakes)
+
+
+def _fake(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+    with mode:
+        empty = torch.empty_strided(tensor.shape, tensor.contiguous().stride(), dtype=tensor.dtype)
+    return empty.requires_grad_(tensor.requires_grad)
+
+
+_REMEDY = "Write it with operations whose shapes do not depend on values (torch.where, masks), or use backend='torch'."
+
+
+def _looks_at_values(error: Exception, where: str) -> Unsupported:
+    operation = getattr(error, "func", None)
+    what = (
+        "the shape of a result depends on values"
+        if isinstance(error, DynamicOutputShapeException)
+        else "a tensor's value is looked at (.item(), .tolist(), a Python condition)"
+    )
+    return Unsupported(f"{where}: {what}, in {operation}", fix=_REMEDY)
+
+
+class _Boundaries(TorchFunctionMode):
+    """Writes ``torch.no_grad`` down as ``detach``: what runs under it sees inputs without gradients."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        first = 1 if changes_first_argument(func) else 0
+        stopped = pytree.tree_map_only(Tensor, _stop, (args[first:], kwargs))
+        return func(*args[:first], *stopped[0], **stopped[1])
+
+
+def _stop(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.is_floating_point() or tensor.is_complex() else tensor
+
+
+def changes_first_argument(func: Callable[..., Any]) -> bool:
+    """Whether a torch function works in place, by its name."""
+    name = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name == "__setitem__" or (name.startswith("__i") and name not in ("__index__", "__invert__"))
+
+
+@contextmanager
+def without_fast_paths() -> Iterator[None]:
+    """Within the block PyTorch uses no fused kernels: they have no lowering, those for inference no derivative."""
+    attention, onednn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
+    detect = transformer._detect_is_causal_mask
+    # It looks at a mask's values, only to choose a faster kernel for causal ones.
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(attention)
+        torch._C._set_mkldnn_enabled(onednn)
+        transformer._detect_is_causal_mask = detect
+
+
+@contextmanager
+def _current_module(modules: Sequence[nn.Module]) -> Iterator[Callable[[], str]]:
+    """Within the block, the given function names the submodule that is running."""
+    names = {
+        id(submodule): f"{name or 'the model'} ({type(submodule).__name__})"
+        for module in modules
+        for name, submodule in module.named_modules()
+    }
+    running: list[nn.Module] = []
+    enter = register_module_forward_pre_hook(lambda module, _: running.append(module))
+
+    def left(*_: Any) -> None:
+        running.pop()
+
+    leave = register_module_forward_hook(left)
+    try:
+        yield lambda: names.get(id(running[-1]), type(running[-1]).__name__) if running else "the function"
+    finally:
+        enter.remove()
+        leave.remove()
+
+
+def _unchanged(graph: fx.Graph) -> list[int | None]:
+    nodes = list(graph.nodes)
+    position = {node: index for index, node in enumerate(node for node in nodes if node.op == "placeholder")}
+
+    def source(node: Any) -> int | None:
+        while isinstance(node, fx.Node) and node.target is torch.ops.aten.clone.default:
+            node = node.args[0]
+        return position.get(node) if isinstance(node, fx.Node) else None
+
+    return [source(node) for node in nodes[-1].args[0]]
+
+
+# Results that depend on the form of their arguments only, or through which PyTorch lets no gradient flow.
+_BARRIERS = frozenset(
+    (
+        torch.ops.aten.detach_copy.default,
+        torch.ops.aten.detach.default,
+        torch.ops.aten.full_like.default,
+        torch.ops.aten.rand_like.default,
+        torch.ops.aten.randn_like.default,
+    )
+)
+
+
+def _reached(graph: fx.Graph) -> list[frozenset[int]]:
+    reached: dict[fx.Node, frozenset[int]] = {}
+    inputs = 0
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            reached[node] = frozenset([inputs])
+            inputs += 1
+        elif node.op == "output":
+            return [reached[result] for result in node.args[0]]
+        elif node.target in _BARRIERS or not _carries_gradients(node):
+            reached[node] = frozenset()
+        else:
+            reached[node] = frozenset().union(*(reached[source] for source in node.all_input_nodes))
+    raise AssertionError("a graph ends with its output")
+
+
+def _carries_gradients(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    results = value if isinstance(value, (tuple, list)) else [value]
+    return any(isinstance(one, Tensor) and (one.is_floating_point() or one.is_complex()) for one in results)
+
+
+def _raise_as_plain_torch(function: TensorFunction, inputs: Sequence[Tensor]) -> None:
+    """Run the function as it is, so that an error of its own is raised as PyTorch words it."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        function([tensor.detach().clone() for tensor in inputs])

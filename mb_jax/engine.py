@@ -1,0 +1,258 @@
+"""The XLA backend: stacked parameters as JAX arrays, one compiled program over all models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import torch
+from torch import Tensor, nn
+
+from bridge.arrays import to_jax, to_torch
+from bridge.autograd import CompiledFunction, Outputs
+from bridge.dtypes import torch_dtypes
+from mb_jax.convolution import convolution_form
+from mb_jax.mirror import MirrorBuffer, MirrorParameter, as_mirrors
+from mb_jax.optim import JaxOptimizer, MirrorStack
+from mb_jax.options import JaxOptions
+from mb_jax.programs import ModelProgram, over_models, part_of, settings, shared, signature, surroundings
+from mb_jax.rng import Random, random_state
+from mb_jax.step import FusedStep
+from mb_torch.backend import Backend, BatchSpec, Capabilities, Step, StepSpec, create_backend
+from mb_torch.errors import InvalidInput
+from mb_torch.stacked.arguments import Arguments
+from mb_torch.stacked.definition import Definition
+from mb_torch.stacked.optim import make_optimizer
+from mb_torch.stacked.parts import Plan, plan_parts
+
+Arrays = list[jax.Array]
+Mirror = MirrorParameter | MirrorBuffer
+
+
+class _Forward(NamedTuple):
+    """A compiled forward pass of all models.
+
+    Attributes:
+        program: The function of one model.
+        function: The compiled function of all models.
+        smooth: Positions of the flat inputs that gradients are taken of.
+        smooth_results: Positions of the results through which gradients flow.
+    """
+
+    program: ModelProgram
+    function: CompiledFunction
+    smooth: list[int]
+    smooth_results: list[int]
+
+
+class JaxBackend:
+    """Runs all models of a batch in one program compiled by XLA.
+
+    Args:
+        spec: The definition, its stacks and the options.
+    """
+
+    name = "jax"
+    capabilities = Capabilities(ragged_rows=True)
+
+    def __init__(self, spec: BatchSpec) -> None:
+        self.spec = spec
+        self.options = JaxOptions.of(spec.options)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        as_mirrors(self.spec.state)
+        self.definition = Definition(self.spec.prototype, self.spec.state)
+        self.modules = list(self.spec.prototype.modules())
+        self._forwards: dict[Hashable, _Forward] = {}
+        # Losses of outputs that have come to torch, and optimizers that have no form in JAX.
+        self._torch = create_backend("torch", replace(self.spec, options={}))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Compiled programs belong to one object: a copy makes its own.
+        return {"spec": self.spec}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.spec = state["spec"]
+        self.options = JaxOptions.of(self.spec.options)
+        self._prepare()
+
+    def mirrors(self) -> list[Mirror]:
+        """All stacks, parameters first, in the order of the definition."""
+        parameters, buffers = as_mirrors(self.spec.state)
+        return [*parameters, *buffers]
+
+    def example(self) -> list[Tensor]:
+        """The tensors of model 0, in the order of `mirrors`."""
+        return [mirror.detach()[0].clone().requires_grad_(mirror.requires_grad) for mirror in self.mirrors()]
+
+    def random(self, program: ModelProgram) -> Random | None:
+        """Seeds and steps of the models' next draws; None where the program draws nothing."""
+        return random_state(self.spec.streams, self.spec.num_models) if program.draws else None
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, per_model: bool) -> Any:
+        """Run all models; every tensor leaf has a leading model axis if ``per_model``."""
+        with torch_dtypes():
+            return self._run_all(args, kwargs, per_model)
+
+    def _run_all(self, args: tuple[Any, ...], kwargs: dict[str, Any], per_model: bool) -> Any:
+        trees = (*args, kwargs)
+        arguments = Arguments(trees, (per_model,) * len(trees))
+        mirrors = self.mirrors()
+        plan = plan_parts(self.spec.num_models, None, arguments)
+        if plan is None:
+            arguments = arguments.plain()
+            forward = self._forward(arguments, self.spec.num_models)
+            results, changed = self._run(
+                forward, mirrors, [mirror.array() for mirror in mirrors], arguments, self.random(forward.program)
+            )
+            for position, array in zip(forward.program.changed, changed, strict=True):
+                mirrors[position].set_array(array)
+        else:
+            forward, results = self._run_parts(plan, mirrors, arguments)
+        if forward.program.draws and self.spec.streams is not None:
+            self.spec.streams.advance()
+        return forward.program.packing.unpack(results)
+
+    def _forward(self, arguments: Arguments, num_models: int) -> _Forward:
+        key = (signature(arguments), num_models, settings(self.modules), surroundings(), self.trainable())
+        if key not in self._forwards:
+            program = ModelProgram(
+                [self.definition],
+                _call_model,
+                [self.example()],
+                arguments,
+                len(arguments.leaves),
+                translator=self.options.translator,
+                verify=self.options.verify,
+            )
+            self._forwards[key] = self._compiled(program, arguments, num_models)
+        return self._forwards[key]
+
+    def trainable(self) -> Hashable:
+        """Which parameters require gradients."""
+        return tuple([parameter.requires_grad for parameter in self.spec.state.parameters.values()])
+
+    def _compiled(self, program: ModelProgram, arguments: Arguments, num_models: int) -> _Forward:
+        tensors = [
+            (leaf, mapped)
+            for leaf, mapped in zip(arguments.leaves, arguments.mapped, strict=True)
+            if isinstance(leaf, Tensor)
+        ]
+        mapped = [True] * program.num_tensors + [flag for _, flag in tensors]
+        wanted = [mirror.requires_grad for mirror in self.mirrors()] + [leaf.requires_grad for leaf, _ in tensors]
+        smooth = [position for position, flag in enumerate(wanted) if flag]
+        flows = [program.reached(result) & set(smooth) for result in range(program.num_results)]
+        smooth_results = [result for result, reached in enumerate(flows) if reached]
+        form = convolution_form(self.options.convolution, num_models)
+        run = over_models(
+            lambda inputs, key: program.run_one(inputs, key, form), mapped, num_models, self.spec.chunk_size
+        )
+
+        def function(given: Arrays, others: Arrays, random: Random | None) -> Outputs:
+            inputs = list(others)
+            for position, array in zip(smooth, given, strict=True):
+                inputs.insert(position, array)
+            results, changed = run(inputs, random)
+            rest = [array for index, array in enumerate(results) if index not in smooth_results]
+            return Outputs([results[index] for index in smooth_results], (rest, changed))
+
+        places = {position: index for index, position in enumerate(smooth)}
+        reached = [{places[position] for position in flows[result]} for result in smooth_results]
+        key = ("forward", program.key, tuple(mapped), tuple(smooth), num_models, self.spec.chunk_size, form)
+        compiled = shared(key, lambda: CompiledFunction(function, reached))
+        return _Forward(program, compiled, smooth, smooth_results)
+
+    def _run(
+        self,
+        forward: _Forward,
+        known: Sequence[Tensor],
+        state: Arrays,
+        arguments: Arguments,
+        random: Random | None,
+    ) -> tuple[list[Tensor], Arrays]:
+        """Results as tensors, and the new arrays of what the pass changed.
+
+        Args:
+            forward: What to run.
+            known: What autograd knows the state as.
+            state: The state of the models.
+            arguments: Their arguments.
+            random: Seeds and steps.
+        """
+        leaves = [leaf for leaf in arguments.leaves if isinstance(leaf, Tensor)]
+        tensors = [*known, *leaves]
+        inputs = [*state, *map(to_jax, leaves)]
+        chosen = set(forward.smooth)
+        others = [array for position, array in enumerate(inputs) if position not in chosen]
+        smooth, (rest, changed) = forward.function(
+            [tensors[position] for position in forward.smooth],
+            [inputs[position] for position in forward.smooth],
+            others,
+            random,
+        )
+        own, remaining = iter(smooth), iter(rest)
+        results = [
+            next(own) if index in forward.smooth_results else to_torch(next(remaining))
+            for index in range(forward.program.num_results)
+        ]
+        return results, changed
+
+    def _run_parts(self, plan: Plan, mirrors: Sequence[Mirror], arguments: Arguments) -> tuple[_Forward, list[Tensor]]:
+        """Models with equally many rows together."""
+        known = plan.split([mirror.clone() if mirror.requires_grad else mirror.detach() for mirror in mirrors])
+        streams = None
+        outputs, changes = [], []
+        for part, share in enumerate(plan.split_arguments(arguments)):
+            forward = self._forward(share, plan.sizes[part])
+            if streams is None and forward.program.draws:
+                streams = random_state(self.spec.streams, self.spec.num_models)
+            state = [to_jax(tensor) for tensor in known[part]]
+            random = None if streams is None else (part_of(plan, streams[0], part), part_of(plan, streams[1], part))
+            results, changed = self._run(forward, known[part], state, share, random)
+            outputs.append(results)
+            changes.append(changed)
+        for index, position in enumerate(forward.program.changed):
+            mirror = mirrors[position]
+            joined = jnp.concatenate([part[index] for part in changes])
+            mirror.set_array(joined if plan.order is None else mirror.array().at[to_jax(plan.order)].set(joined))
+        return forward, plan.join(outputs)
+
+    def losses(self, loss_fn: Callable[..., Tensor], outputs: Any, targets: Any, *, shared_targets: bool) -> Tensor:
+        """Evaluate one loss per model, ``[num_models]``, each on its real rows only; in torch, where outputs are."""
+        return self._torch.losses(loss_fn, outputs, targets, shared_targets=shared_targets)
+
+    def make_optimizer(
+        self, optimizer_cls: type[torch.optim.Optimizer], configs: Sequence[Mapping[str, Any]]
+    ) -> torch.optim.Optimizer:
+        """Return an optimizer with one live parameter group per model."""
+        return make_optimizer(
+            optimizer_cls,
+            [dict(config) for config in configs],
+            self.spec.state.parameters,
+            self.spec.num_models,
+            MirrorStack,
+            JaxOptimizer,
+        )
+
+    def make_step(self, spec: StepSpec, backends: Sequence[Backend]) -> Step:
+        """Return a fused training step over the batches of ``backends``."""
+        for backend in backends:
+            if not isinstance(backend, JaxBackend):
+                raise InvalidInput("a joint step", received=f"a batch on {backend.name!r}", expected="one backend")
+        return FusedStep(spec, backends)  # type: ignore[arg-type]
+
+    def enable_compile(self, **kwargs: Any) -> None:
+        """Do nothing: every program is compiled by XLA."""
+
+    def report(self) -> dict[str, Any]:
+        """Say how the models are run."""
+        return {"backend": self.name, "runs": "xla"}
+
+
+def _call_model(model: nn.Module, *trees: Any) -> Any:
+    *args, kwargs = trees
+    return model(*args, **kwargs)

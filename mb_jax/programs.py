@@ -1,0 +1,241 @@
+"""A function of one model as a JAX function of all models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import torch
+from torch import Tensor, nn
+
+from bridge.translate import Checked, translate_function
+from mb_jax.rng import key_of
+from mb_torch.stacked.arguments import Arguments
+from mb_torch.stacked.definition import Definition
+from mb_torch.stacked.one_model import OneModel
+from mb_torch.stacked.packing import Packing, pack
+from mb_torch.stacked.parts import Plan
+
+Arrays = list[jax.Array]
+T = TypeVar("T")
+
+
+class ModelProgram:
+    """A function of one model (of each definition), translated for arguments of one form.
+
+    Its flat inputs are the tensors of each definition, then the tensors among the arguments; its flat outputs are the
+    tensors of the result, then the new values of all tensors of each definition.
+
+    Args:
+        definitions: The definitions whose prototypes the function gets.
+        body: ``body(*prototypes, *trees)``, the work of one model; returns a pytree.
+        example: One model's tensors, for each definition.
+        arguments: The arguments of all models.
+        smooth_leaves: Gradients of so many leading leaves are compared with PyTorch's.
+        translator: See `bridge.translate.translate_function`.
+        verify: See there.
+
+    Attributes:
+        packing: The form of the result.
+        checked: The translation and how it compared with PyTorch.
+        num_tensors: How many tensors the definitions have together.
+        num_results: How many tensors the result has.
+        changed: Positions of the definitions' tensors that the function changes.
+        key: Equal for programs that compute the same.
+    """
+
+    packing: Packing
+
+    def __init__(
+        self,
+        definitions: Sequence[Definition],
+        body: Callable[..., Any],
+        example: Sequence[Sequence[Tensor]],
+        arguments: Arguments,
+        smooth_leaves: int,
+        *,
+        translator: str,
+        verify: bool,
+    ) -> None:
+        self._one = OneModel(definitions, body)
+        self._one.refuse_backward_hooks()
+        self._counts = [len(own) for own in example]
+        self.num_tensors = sum(self._counts)
+        leaves = zip(arguments.leaves, arguments.mapped, strict=True)
+        self._constants = [None if isinstance(leaf, Tensor) else leaf for leaf, _ in leaves]
+        self._is_tensor = [isinstance(leaf, Tensor) for leaf in arguments.leaves]
+        self._arguments = arguments.with_leaves(self._constants)
+        own_leaves = [
+            _of_first_model(leaf, mapped, index < smooth_leaves)
+            for index, (leaf, mapped) in enumerate(zip(arguments.leaves, arguments.mapped, strict=True))
+            if isinstance(leaf, Tensor)
+        ]
+        inputs = [*(tensor for own in example for tensor in own), *own_leaves]
+        self.checked: Checked = translate_function(
+            self._flat,
+            inputs,
+            [definition.prototype for definition in definitions],
+            translator=translator,
+            verify=verify,
+        )
+        translation = self.checked.translation
+        self.num_results = len(translation.dtypes) - self.num_tensors
+        forms = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
+        # Equal keys compute the same; what has no text is like nothing else.
+        self.key: Hashable = (translation.translator, translation.text or object(), self.num_results, forms)
+        after = translation.unchanged[self.num_results :]
+        self.changed = [position for position, source in enumerate(after) if source != position]
+
+    def _flat(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        own, first = [], 0
+        for count in self._counts:
+            own.append(list(tensors[first : first + count]))
+            first += count
+        remaining = iter(tensors[first:])
+        leaves = [
+            next(remaining) if is_tensor else constant
+            for is_tensor, constant in zip(self._is_tensor, self._constants, strict=True)
+        ]
+        result, replaced = self._one.call(own, self._arguments.with_leaves(leaves).trees)
+        results, self.packing = pack(result)
+        after = [
+            new.get(position, tensor)
+            for tensors_, new in zip(own, replaced, strict=True)
+            for position, tensor in enumerate(tensors_)
+        ]
+        return [*results, *after]
+
+    @property
+    def draws(self) -> bool:
+        """Whether it draws random numbers."""
+        return self.checked.translation.draws
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """The dtypes of the result's tensors."""
+        return self.checked.translation.dtypes[: self.num_results]
+
+    def reached(self, output: int) -> frozenset[int]:
+        """Positions of the inputs that gradients flow to from a result."""
+        return self.checked.translation.reached[output]
+
+    def run_one(self, inputs: Sequence[jax.Array], key: jax.Array | None, convolution: str) -> tuple[Arrays, Arrays]:
+        """Run one model.
+
+        Returns:
+            The arrays of the result, and the new values of the changed tensors.
+        """
+        outputs = self.checked.translation.run(inputs, key, convolution)
+        return outputs[: self.num_results], [outputs[self.num_results + position] for position in self.changed]
+
+
+_compiled: dict[Hashable, Any] = {}
+
+
+def shared(key: Hashable, make: Callable[[], T]) -> T:
+    """What ``make`` returns, made once in a process for each key.
+
+    Batches of equal models (a selection, a copy, the next pack of a sweep) share their programs.
+    """
+    if key not in _compiled:
+        _compiled[key] = make()
+    return _compiled[key]
+
+
+def _of_first_model(leaf: Tensor, mapped: bool, smooth: bool) -> Tensor:
+    own = (leaf[0] if mapped else leaf).detach()
+    return own.requires_grad_(smooth and (own.is_floating_point() or own.is_complex()))
+
+
+def over_models(
+    function: Callable[..., Any], mapped: Sequence[bool], num_models: int, chunk_size: int | None
+) -> Callable[..., Any]:
+    """Run ``function(arrays, random)`` of one model for all models.
+
+    Args:
+        function: Takes a flat list of arrays and the model's ``(seed, step)`` pair or None.
+        mapped: For each of the arrays, whether it has a leading model axis.
+        num_models: How many models there are.
+        chunk_size: At most so many run at a time.
+    """
+
+    def run(arrays: Sequence[jax.Array], random: Any) -> Any:
+        own = [array for array, flag in zip(arrays, mapped, strict=True) if flag]
+
+        def one(given: tuple[Any, Arrays, Any]) -> Any:
+            _, own, random = given
+            remaining = iter(own)
+            inputs = [next(remaining) if flag else array for array, flag in zip(arrays, mapped, strict=True)]
+            return function(inputs, None if random is None else key_of(*random))
+
+        # Numbers of the models, so that there is a model axis even where no array has one.
+        given = (jnp.arange(num_models), own, random)
+        if chunk_size is None or chunk_size >= num_models:
+            return jax.vmap(one)(given)
+        return jax.lax.map(one, given, batch_size=chunk_size)
+
+    return run
+
+
+def signature(arguments: Arguments) -> Hashable:
+    """What a program is specialised on: the form of its arguments, and every value that is not a tensor."""
+    return (
+        tuple(arguments.structures),
+        tuple(
+            (leaf.shape, leaf.dtype, mapped, leaf.requires_grad) if isinstance(leaf, Tensor) else _constant(leaf)
+            for leaf, mapped in zip(arguments.leaves, arguments.mapped, strict=True)
+        ),
+    )
+
+
+def surroundings() -> Hashable:
+    """Settings of PyTorch that change what functions do."""
+    autocast = torch.is_autocast_enabled("cpu")
+    return torch.get_default_dtype(), autocast and torch.get_autocast_dtype("cpu")
+
+
+_PLAIN = (bool, int, float, str, bytes, type(None))
+
+
+def settings(modules: Sequence[nn.Module]) -> Hashable:
+    """Flags and plain settings of modules, training mode included."""
+    return tuple(
+        [value for module in modules for value in vars(module).values() if isinstance(value, (*_PLAIN, tuple))]
+    )
+
+
+def _constant(leaf: Any) -> Hashable:
+    try:
+        hash(leaf)
+    except TypeError:
+        return id(leaf)
+    return type(leaf), leaf
+
+
+def settings_of_callable(function: Callable[..., Any]) -> Hashable:
+    """Plain values that a function has caught: its closure, defaults and attributes, those of a module included."""
+    function = getattr(function, "plain_loss", function)
+    if isinstance(function, nn.Module):
+        return settings(list(function.modules()))
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_filled(cell)]
+    caught = [*cells, *(getattr(function, "__defaults__", None) or ())]
+    return tuple([_constant(value) for value in caught])
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True
+
+
+def part_of(plan: Plan | None, array: jax.Array, part: int) -> jax.Array:
+    """One part's share of values per model ``[num_models, ...]``."""
+    if plan is None:
+        return array
+    first = sum(plan.sizes[:part])
+    chosen = slice(first, first + plan.sizes[part])
+    return array[chosen] if plan.order is None else array[plan.order.numpy()[chosen]]
