@@ -2,6 +2,7 @@
 #   make demo       64 models on real data, a table and two plots
 #   make test       the tests, at most 10 minutes       make test-long   the long ones, at most 45
 #   make lint       ruff, mypy, import-linter           make bench       speed against the alternatives
+#   make opinfo     PyTorch's own samples, all of them, through the bridge to JAX
 #   make setup      only the set-up                     make clean       remove it and what tools left
 # Options follow in ARGS: make demo ARGS="--help"
 PYTHON ?= python3
@@ -16,10 +17,10 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --constraint constra
 # $(call stage,name,command): runs the command, prints how long it took, keeps its exit status.
 stage = @start=$$(date +%s); $(2); status=$$?; echo "== $(1): $$(( $$(date +%s) - start )) s"; exit $$status
 
-.PHONY: help setup demo test test-long lint bench clean
+.PHONY: help setup demo test test-long lint bench opinfo clean
 
 help:
-	@sed -n '1,6s/^# *//p' Makefile
+	@sed -n '1,7s/^# *//p' Makefile
 
 setup: $(BIN)/.installed-dev
 
@@ -40,6 +41,9 @@ lint: $(BIN)/.installed-dev
 
 bench: $(BIN)/.installed-dev
 	$(call stage,bench,$(BIN)/python -m benchmarks $(ARGS))
+
+opinfo: $(BIN)/.installed-dev
+	$(call stage,opinfo,$(BIN)/python -m tests.opinfo $(ARGS))
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

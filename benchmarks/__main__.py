@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks.mlp_step import main
+from benchmarks.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -34,6 +34,8 @@ class Bar:
 BY_HAND = [*ONE_RATE, "by hand, rate per model"]
 PEER = "modelbatch 0.1.0"
 EAGER, FUSED, COMPILED = "ours, documented step", "ours, make_train_step", "ours, compiled"
+JAX_BY_HAND, JAX_SCAN = "jax by hand", "jax by hand, scan"
+JAX_EAGER, JAX_FUSED, JAX_RUN = "ours on jax, documented step", "ours on jax, make_train_step", "ours on jax, step.run"
 
 
 def bars_of_many(timings: Timings) -> list[Bar]:
@@ -57,6 +59,25 @@ def bars_of_one(timings: Timings) -> list[Bar]:
         Bar(f"one model: {FUSED} / plain PyTorch", timings.ratio(FUSED, "loop"), 1.15, at_least=False),
         Bar(f"one model: {EAGER} / plain PyTorch", timings.ratio(EAGER, "loop"), 1.4, at_least=False),
     ]
+
+
+def bars_of_jax(timings: Timings) -> list[Bar]:
+    """Bounds for many models on JAX; those on a peer that did not take part are left out."""
+    bars = [
+        Bar(f"{JAX_FUSED} / {JAX_BY_HAND}", timings.ratio(JAX_FUSED, JAX_BY_HAND), 1.1, at_least=False),
+        Bar(f"{JAX_RUN} / {JAX_SCAN}", timings.ratio(JAX_RUN, JAX_SCAN), 1.1, at_least=False),
+    ]
+    if PEER in timings.seconds:
+        limits = {JAX_EAGER: 1.5, JAX_FUSED: 4.5, JAX_RUN: 6.0}
+        bars += [
+            Bar(f"{PEER} / {ours}", timings.ratio(PEER, ours), limit, at_least=True) for ours, limit in limits.items()
+        ]
+    return bars
+
+
+def bars_of_cnns(timings: Timings) -> list[Bar]:
+    """Bounds for convolutions: JAX, with the form of convolution that it chooses, against PyTorch."""
+    return [Bar(f"{JAX_FUSED} / {FUSED}", timings.ratio(JAX_FUSED, FUSED), 1.5, at_least=False)]
 
 
 def bars_of_memory(memory: Mapping[str, Memory]) -> list[Bar]:

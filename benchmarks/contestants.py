@@ -1,4 +1,4 @@
-"""The ways to train many models that are compared, each behind the same two methods.
+"""The ways to train many models that are compared, each behind the same methods.
 
 Every contestant starts from `workload.models()` and trains with Adam and cross entropy. Those that are not plain
 PyTorch are imported where they are built: no worker process loads more than its own contestant needs.
@@ -7,35 +7,58 @@ PyTorch are imported where they are built: no worker process loads more than its
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 
 from benchmarks import peers
-from benchmarks.workloads import MLPs
+from benchmarks.workloads import Batch, Workload
 
 cross_entropy = nn.functional.cross_entropy
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # the defaults of torch.optim.Adam
 
 
-class Contestant(Protocol):
+# Steps in one call, of contestants that can make several.
+TOGETHER = 20
+
+
+class Contestant(ABC):
     """A way to train all models of a workload."""
 
-    def step(self, inputs: Tensor, targets: Tensor) -> Sequence[Tensor] | Tensor:
+    @abstractmethod
+    def step(self, inputs: Tensor, targets: Tensor) -> Any:
         """Train every model on one batch; return the losses, one number a model."""
 
+    def run(self, batches: Sequence[Batch]) -> Any:
+        """Train every model on some batches, at most `TOGETHER`; return what `losses` reads."""
+        return [self.step(inputs, targets) for inputs, targets in batches]
+
+    def wait(self) -> None:
+        """Return when all that was asked for has been computed."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+
+    def losses(self, returned: Any) -> npt.NDArray[Any]:
+        """The losses of one `run`, `[steps, num_models]`."""
+        steps = [losses if isinstance(losses, Tensor) else torch.stack([*losses]) for losses in returned]
+        return np.stack([losses.detach().cpu().numpy() for losses in steps])
+
+    @abstractmethod
     def weights(self) -> list[dict[str, Tensor]]:
         """Each model's parameters by name."""
 
 
-class Loop:
+class Loop(Contestant):
     """One model after another, each with its own `torch.optim.Adam`."""
 
-    def __init__(self, workload: MLPs) -> None:
+    def __init__(self, workload: Workload) -> None:
         self.models = workload.models()
         self.optimizers = [
             torch.optim.Adam(model.parameters(), lr=rate)
@@ -56,10 +79,10 @@ class Loop:
         return [dict(model.named_parameters()) for model in self.models]
 
 
-class ByHand:
+class ByHand(Contestant):
     """`vmap(grad_and_value(loss))` over stacked parameters, as `torch.func`'s documentation shows it."""
 
-    def __init__(self, workload: MLPs) -> None:
+    def __init__(self, workload: Workload) -> None:
         models = workload.models()
         self.num_models = workload.num_models
         self.params = {name: p.detach() for name, p in stack_module_state(models)[0].items()}
@@ -83,7 +106,7 @@ class ByHandOneRate(ByHand):
         fused: Whether Adam's update is one kernel.
     """
 
-    def __init__(self, workload: MLPs, *, fused: bool = False) -> None:
+    def __init__(self, workload: Workload, *, fused: bool = False) -> None:
         super().__init__(workload)
         rates = set(workload.learning_rates)
         if len(rates) > 1:
@@ -102,9 +125,9 @@ class ByHandOneRate(ByHand):
 class ByHandRatePerModel(ByHand):
     """By hand, with Adam written out for a learning rate per model."""
 
-    def __init__(self, workload: MLPs) -> None:
+    def __init__(self, workload: Workload) -> None:
         super().__init__(workload)
-        rates = torch.tensor(workload.learning_rates, dtype=getattr(torch, workload.dtype))
+        rates = torch.tensor(workload.learning_rates, dtype=workload.torch_dtype, device=workload.device)
         self.rates = {name: rates.view(-1, *[1] * (p.dim() - 1)) for name, p in self.params.items()}
         self.first = {name: torch.zeros_like(p) for name, p in self.params.items()}
         self.second = {name: torch.zeros_like(p) for name, p in self.params.items()}
@@ -128,7 +151,7 @@ class ByHandRatePerModel(ByHand):
 class ByHandCompiled(ByHandRatePerModel):
     """By hand in one compiled function: gradients of all models and the update in place."""
 
-    def __init__(self, workload: MLPs) -> None:
+    def __init__(self, workload: Workload) -> None:
         super().__init__(workload)
         self.compiled_step = torch.compile(self._step)
 
@@ -152,16 +175,17 @@ class ByHandCompiled(ByHandRatePerModel):
         return losses
 
 
-class DocumentedStep:
+class DocumentedStep(Contestant):
     """The step that the documentation of `modelbatch` shows: forward, `compute_loss`, backward, optimizer.
 
     Args:
         workload: What to train.
         library: A module with `ModelBatch` and `OptimizerFactory`.
+        options: More arguments of `ModelBatch`.
     """
 
-    def __init__(self, workload: MLPs, library: ModuleType) -> None:
-        self.batch = library.ModelBatch(workload.models())
+    def __init__(self, workload: Workload, library: ModuleType, **options: Any) -> None:
+        self.batch = library.ModelBatch(workload.models(), **options)
         configs = [{"lr": rate} for rate in workload.learning_rates]
         self.optimizer = library.OptimizerFactory(torch.optim.Adam).create_optimizer(self.batch, configs)
 
@@ -186,10 +210,11 @@ class TrainStep(DocumentedStep):
         workload: What to train.
         library: `mb_torch`.
         compiled: Whether `enable_compile()` was called.
+        options: More arguments of `ModelBatch`.
     """
 
-    def __init__(self, workload: MLPs, library: ModuleType, *, compiled: bool) -> None:
-        super().__init__(workload, library)
+    def __init__(self, workload: Workload, library: ModuleType, *, compiled: bool = False, **options: Any) -> None:
+        super().__init__(workload, library, **options)
         if compiled:
             self.batch.enable_compile()
         self.train_step = self.batch.make_train_step(cross_entropy, self.optimizer)
@@ -205,7 +230,13 @@ def _ours() -> ModuleType:
     return mb_torch
 
 
-CONTESTANTS: dict[str, Callable[[Any], Contestant]] = {
+def _jax() -> ModuleType:
+    from benchmarks import jax_contestants
+
+    return jax_contestants
+
+
+ON_TORCH: dict[str, Callable[[Any], Contestant]] = {
     "loop": Loop,
     "modelbatch 0.1.0": lambda workload: DocumentedStep(workload, peers.load("modelbatch")),
     "by hand, one Adam": ByHandOneRate,
@@ -213,8 +244,24 @@ CONTESTANTS: dict[str, Callable[[Any], Contestant]] = {
     "by hand, rate per model": ByHandRatePerModel,
     "by hand, compiled": ByHandCompiled,
     "ours, documented step": lambda workload: DocumentedStep(workload, _ours()),
-    "ours, make_train_step": lambda workload: TrainStep(workload, _ours(), compiled=False),
+    "ours, make_train_step": lambda workload: TrainStep(workload, _ours()),
     "ours, compiled": lambda workload: TrainStep(workload, _ours(), compiled=True),
 }
 # These cannot train models with different learning rates.
 ONE_RATE = ["by hand, one Adam", "by hand, one fused Adam"]
+
+ON_JAX: dict[str, Callable[[Any], Contestant]] = {
+    "jax by hand": lambda workload: _jax().ByHand(workload),
+    "jax by hand, scan": lambda workload: _jax().ByHandScan(workload),
+    "ours on jax, documented step": lambda workload: _jax().OurDocumentedStep(workload, _ours()),
+    "ours on jax, make_train_step": lambda workload: _jax().OurTrainStep(workload, _ours()),
+    "ours on jax, step.run": lambda workload: _jax().OurRun(workload, _ours()),
+}
+# The same step, with a form of convolution that is chosen by name.
+CONVOLUTIONS: dict[str, Callable[[Any], Contestant]] = {
+    f"ours on jax, {form} convolutions": lambda workload, form=form: _jax().OurTrainStep(  # type: ignore[misc]
+        workload, _ours(), backend_options={"convolution": form}
+    )
+    for form in ("native", "matmul")
+}
+CONTESTANTS = {**ON_TORCH, **ON_JAX, **CONVOLUTIONS}

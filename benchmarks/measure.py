@@ -13,13 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.worker import Weights, Worker
-from benchmarks.workloads import MLPs
+from benchmarks.workloads import Workload
 
 Progress = Callable[[str], None]
 
 CHECKED_STEPS = 5
 WEIGHT_TOLERANCE = 1e-9
-# In float32 rounding differs and grows with the steps: these bounds are ten times what right contestants differ by.
+# In float32 rounding differs and grows with the steps: these bounds are a multiple of what right contestants differ by,
+# ten times for MLPs, three times for CNNs.
 LOSS_ABSOLUTE, LOSS_RELATIVE = 2e-3, 2e-2
 # A model with a high learning rate doubles any difference again and again; after so many steps only the mean over the
 # models says something.
@@ -87,7 +88,7 @@ def _largest_difference(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> float
     return float(abs(one - other).max()) if one.shape == other.shape else float("inf")
 
 
-def agree_in_float64(contestants: Sequence[str], workload: MLPs, threads: int) -> float:
+def agree_in_float64(contestants: Sequence[str], workload: Workload, threads: int) -> float:
     """Train every contestant for five steps in float64 and return the largest difference in weights.
 
     Raises:
@@ -101,7 +102,9 @@ def agree_in_float64(contestants: Sequence[str], workload: MLPs, threads: int) -
             worker.run(CHECKED_STEPS)
             weights[name] = worker.weights()
     trained = weights[contestants[0]][0]
-    moved = max(_largest_difference(trained[key], p.detach().double().numpy()) for key, p in start.named_parameters())
+    moved = max(
+        _largest_difference(trained[key], p.detach().cpu().double().numpy()) for key, p in start.named_parameters()
+    )
     if not moved > 1e-6:
         raise Disagreement(f"{contestants[0]}: the weights did not move")
     return check_weights(weights)
@@ -129,12 +132,14 @@ class Timings:
 
     Attributes:
         workload: What was trained.
-        first_steps: Seconds of each contestant's first steps, which hold compilation and other set-up.
+        num_first_steps: How many steps of each contestant are its first.
+        first_steps: Seconds of these, which hold compilation and other set-up.
         seconds: Seconds a step, for each contestant one entry a round.
         loss_difference: By how much loss curves differed at most.
     """
 
-    workload: MLPs
+    workload: Workload
+    num_first_steps: int
     first_steps: dict[str, float]
     seconds: dict[str, list[float]]
     loss_difference: float
@@ -152,20 +157,36 @@ class Timings:
         return min(contestants, key=lambda name: self.spread(name).median)
 
 
-FIRST_STEPS = 5
+@dataclass(frozen=True)
+class Race:
+    """Who trains what, and for how many steps. Contestants that make `TOGETHER` steps at once need multiples of it.
+
+    Attributes:
+        contestants: Keys of `CONTESTANTS`.
+        workload: What to train.
+        steps: Timed steps of a contestant in a round.
+        warm_up: Steps before them, to warm caches.
+        first_steps: Steps before the first round, timed apart.
+    """
+
+    contestants: list[str]
+    workload: Workload
+    steps: int
+    warm_up: int
+    first_steps: int = 5
+
+    def shortened(self) -> Race:
+        """As little as runs at all."""
+        return replace(self, steps=2, warm_up=2, first_steps=2)
 
 
-def race(
-    contestants: Sequence[str], workload: MLPs, threads: int, *, rounds: int, steps: int, say: Progress
-) -> Timings:
+def race(plan: Race, threads: int, *, rounds: int, say: Progress) -> Timings:
     """Time contestants in turns: every round has each of them once, in a new order.
 
     Args:
-        contestants: Keys of `CONTESTANTS`.
-        workload: What to train.
+        plan: Who trains what.
         threads: Threads of each worker.
         rounds: How many rounds.
-        steps: Timed steps of a contestant in a round; a fifth as many run before them, to warm caches.
         say: Gets a line now and then.
 
     Raises:
@@ -173,31 +194,31 @@ def race(
     """
     shuffle = random.Random(0).shuffle
     first_steps: dict[str, float] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    seconds: dict[str, list[float]] = {name: [] for name in plan.contestants}
     with ExitStack() as stack:
         workers = {}
-        for name in contestants:
+        for name in plan.contestants:
             workers[name] = stack.enter_context(Worker(name, threads))
-            workers[name].build(workload)
-            first_steps[name] = workers[name].run(FIRST_STEPS)
-            say(f"{name}: first {FIRST_STEPS} steps in {first_steps[name]:.2f} s")
-        order = list(contestants)
+            workers[name].build(plan.workload)
+            first_steps[name] = workers[name].run(plan.first_steps)
+            say(f"{name}: first {plan.first_steps} steps in {first_steps[name]:.2f} s")
+        order = list(plan.contestants)
         for number in range(1, rounds + 1):
             shuffle(order)
             for name in order:
-                workers[name].run(max(steps // 5, 1))
-                seconds[name].append(workers[name].run(steps) / steps)
+                workers[name].run(plan.warm_up)
+                seconds[name].append(workers[name].run(plan.steps) / plan.steps)
             if number % 5 == 0:
                 say(f"round {number} of {rounds}")
         difference = check_losses({name: worker.losses() for name, worker in workers.items()})
-    return Timings(workload, first_steps, seconds, difference)
+    return Timings(plan.workload, plan.first_steps, first_steps, seconds, difference)
 
 
 @dataclass(frozen=True)
 class Memory:
     """Peak memory of training, in bytes, beyond that of a process that has trained two such models."""
 
-    workload: MLPs
+    workload: Workload
     peak: int
 
     @property
@@ -221,7 +242,7 @@ class Memory:
         return self.rest / self.workload.parameter_bytes
 
 
-def peak_memory(contestant: str, workload: MLPs, threads: int, steps: int = 4) -> Memory:
+def peak_memory(contestant: str, workload: Workload, threads: int, steps: int = 4) -> Memory:
     """Measure the memory that a contestant needs to be built and trained for some steps."""
     with Worker(contestant, threads) as worker:
         worker.return_freed_memory()

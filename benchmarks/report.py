@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -13,18 +15,31 @@ from typing import Any
 import torch
 
 from benchmarks.bars import Bar
-from benchmarks.measure import FIRST_STEPS, Memory, Spread, Timings
+from benchmarks.measure import Memory, Spread, Timings
+
+# In a process of its own: JAX would hold on to the GPU's memory.
+_GPU_OF_JAX = "import jax; print(jax.devices()[0].device_kind if jax.default_backend() == 'gpu' else '')"
 
 
-def machine(threads: int) -> dict[str, Any]:
+def gpu() -> str | None:
+    """The GPU that PyTorch and JAX both use by default, by name; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    finished = subprocess.run([sys.executable, "-c", _GPU_OF_JAX], capture_output=True, text=True, check=True)
+    return finished.stdout.strip() or None
+
+
+def machine(threads: int, gpu: str | None) -> dict[str, Any]:
     """Where the numbers come from."""
     return {
+        **({} if gpu is None else {"gpu": gpu}),
         "processor": _processor(),
         "cores": cores(),
         "threads": threads,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "jax": importlib.metadata.version("jax"),
         "load_average_before": os.getloadavg()[0],
     }
 
@@ -61,7 +76,7 @@ def timings_table(timings: Timings, references: Sequence[str]) -> str:
         "contestant",
         "ms a step",
         *(f"x as fast as {name}" for name in references),
-        f"first {FIRST_STEPS} steps, s",
+        f"first {timings.num_first_steps} steps, s",
     ]
     rows = [
         [

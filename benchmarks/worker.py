@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks.contestants import CONTESTANTS
-from benchmarks.workloads import MLPs
+from benchmarks.contestants import CONTESTANTS, TOGETHER
+from benchmarks.workloads import Workload
 
 Weights = list[dict[str, npt.NDArray[Any]]]
 # Generous: compilation on a busy machine takes a minute or two. It is there so that nothing hangs.
@@ -42,25 +42,30 @@ class Session:
     def __init__(self, contestant: str) -> None:
         self._make = CONTESTANTS[contestant]
 
-    def build(self, workload: MLPs) -> None:
+    def build(self, workload: Workload) -> None:
         """Make the contestant for a workload."""
+        if workload.device == "cpu":
+            # Read when the contestant imports JAX, which else prefers a GPU.
+            os.environ["JAX_PLATFORMS"] = "cpu"
         self._contestant = self._make(workload)
         self._batches = workload.batches()
         self._steps = 0
         self._losses: list[list[float]] = []
 
     def run(self, steps: int) -> float:
-        """Train for some steps; return the seconds they took."""
+        """Train for some steps; return the seconds until all is computed."""
         batches = [self._batches[(self._steps + k) % len(self._batches)] for k in range(steps)]
-        step = self._contestant.step
+        calls = [batches[first : first + TOGETHER] for first in range(0, steps, TOGETHER)]
+        contestant = self._contestant
         returned = []
         gc.collect()
         start = time.perf_counter()
-        for inputs, targets in batches:
-            returned.append(step(inputs, targets))
+        for own in calls:
+            returned.append(contestant.run(own))
+        contestant.wait()
         seconds = time.perf_counter() - start
         self._steps += steps
-        self._losses += [torch.stack([*losses]).tolist() for losses in returned]
+        self._losses += [losses for own in returned for losses in contestant.losses(own).tolist()]
         return seconds
 
     def losses(self) -> list[list[float]]:
@@ -70,7 +75,8 @@ class Session:
     def weights(self) -> Weights:
         """Each model's parameters."""
         return [
-            {name: tensor.detach().numpy() for name, tensor in model.items()} for model in self._contestant.weights()
+            {name: tensor.detach().cpu().numpy() for name, tensor in model.items()}
+            for model in self._contestant.weights()
         ]
 
     def return_freed_memory(self) -> None:
@@ -94,6 +100,8 @@ class Session:
 
 def _serve(connection: Connection, contestant: str, threads: int) -> None:
     torch.set_num_threads(threads)
+    # Read when a contestant imports JAX: as many threads as torch, and no GPU memory held back from the others.
+    os.environ |= {"NPROC": str(threads), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     # torch imports it at the first use of an optimizer or of vmap; nobody's first step is to be charged with that.
     importlib.import_module("torch._dynamo")
     with tempfile.TemporaryDirectory() as cache:
@@ -121,7 +129,7 @@ class Worker:
 
     Args:
         contestant: A key of `CONTESTANTS`.
-        threads: How many threads torch uses.
+        threads: How many threads torch and JAX use.
     """
 
     def __init__(self, contestant: str, threads: int) -> None:
@@ -133,7 +141,7 @@ class Worker:
         # With our copy closed, the end of the process shows as the end of the connection.
         theirs.close()
 
-    def build(self, workload: MLPs) -> None:
+    def build(self, workload: Workload) -> None:
         """Make the contestant for a workload."""
         self._ask("build", workload)
 

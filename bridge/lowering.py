@@ -16,22 +16,11 @@ from bridge.dtypes import as_jax_dtype
 from bridge.ops.random import is_random
 from bridge.ops.registry import LOWERINGS, Operation
 from bridge.trace import Traced
-from mb_torch.errors import Unsupported
 
 
-def missing(traced: Traced) -> list[str]:
+def missing(traced: Traced) -> list[Any]:
     """The operations of a traced function that have no lowering, each once."""
-    return sorted({str(node.target) for node in traced.operations if node.target not in LOWERINGS})
-
-
-def check_lowerable(traced: Traced) -> None:
-    """Raise `Unsupported` that lists all operations without a lowering, if there are any."""
-    without = missing(traced)
-    if without:
-        raise Unsupported(
-            f"no lowering to JAX for {', '.join(without)}",
-            fix="Write these parts of the model with other operations, or use backend='torch'.",
-        )
+    return sorted({node.target for node in traced.operations if node.target not in LOWERINGS}, key=str)
 
 
 def run(
@@ -105,4 +94,4 @@ def _as_expected(node: fx.Node, result: Any, expected: Any) -> Any:
     return array.astype(as_jax_dtype(expected.dtype))
 
 
-__all__ = ["check_lowerable", "missing", "run"]
+__all__ = ["missing", "run"]

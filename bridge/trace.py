@@ -7,6 +7,7 @@ a list of core operations with known shapes and dtypes, each of which has one lo
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,7 +24,6 @@ from torch._subclasses.fake_tensor import (
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules import transformer
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -31,6 +31,7 @@ from bridge.ops.decompositions import decompositions
 from bridge.ops.random import is_random
 from bridge.ops.whole import keep_whole
 from bridge.translation import TensorFunction
+from bridge.where import running_module
 from mb_torch.errors import ModelBatchError, Unsupported
 
 
@@ -85,21 +86,21 @@ def trace(function: TensorFunction, inputs: Sequence[Tensor], modules: Sequence[
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [_fake(fake_mode, tensor) for tensor in inputs]
 
-    def recorded(*given: Tensor) -> list[Tensor]:
-        # Copies, so that changes in place stay inside.
-        own = [tensor.clone() for tensor in given]
-        with _Boundaries(), keep_whole():
-            return list(function(own))
-
     failure: Exception | None = None
     with ExitStack() as stack:
         stack.enter_context(without_fast_paths())
         stack.enter_context(torch.enable_grad())
-        where = stack.enter_context(_current_module(modules))
+        where = stack.enter_context(running_module(modules))
+
+        def recorded(*given: Tensor) -> list[Tensor]:
+            # Copies, so that changes in place stay inside.
+            own = [tensor.clone() for tensor in given]
+            with _Boundaries(where), keep_whole():
+                return list(function(own))
+
         try:
             with fake_mode:
-                # Decompositions change tensors in place too, below the first pass.
-                module = _record(_record(recorded, fakes), fakes)
+                module = _recorded(recorded, fakes)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise _looks_at_values(error, where()) from error
         except UnsupportedOperatorException as error:
@@ -120,8 +121,21 @@ def trace(function: TensorFunction, inputs: Sequence[Tensor], modules: Sequence[
     constants = {node.target: getattr(module, node.target).detach() for node in nodes if node.op == "get_attr"}
     draws = any(node.op == "call_function" and is_random(node.target) for node in nodes)
     dtypes = [result.meta["val"].dtype for result in nodes[-1].args[0]]
-    text = f"{module.graph}{[(name, value.tolist()) for name, value in constants.items()]}"
+    text = f"{module.graph}{[(name, _digest(value)) for name, value in constants.items()]}"
     return Traced(module.graph, constants, draws, _unchanged(module.graph), _reached(module.graph), dtypes, text)
+
+
+def _recorded(function: Callable[..., Any], fakes: Sequence[Tensor]) -> fx.GraphModule:
+    try:
+        # Decompositions change tensors in place too, below the first pass.
+        return _record(_record(function, fakes), fakes)
+    except RuntimeError as error:
+        if "automatic differentiation for outputs with complex dtype" not in str(error):
+            raise
+    # Of copies of complex views PyTorch knows no derivative. None is taken here; requiring it only serves functions
+    # that look whether a tensor does.
+    fakes = [fake.detach() for fake in fakes]
+    return _record(_record(function, fakes), fakes)
 
 
 def _record(function: Callable[..., Any], fakes: Sequence[Tensor]) -> fx.GraphModule:
@@ -131,6 +145,11 @@ def _record(function: Callable[..., Any], fakes: Sequence[Tensor]) -> fx.GraphMo
         decomposition_table=decompositions(),
         _allow_non_fake_inputs=True,
     )(*fakes)
+
+
+def _digest(tensor: Tensor) -> str:
+    plain = tensor.detach().cpu().contiguous().resolve_conj().resolve_neg()
+    return hashlib.sha256(plain.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def _fake(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
@@ -152,18 +171,52 @@ def _looks_at_values(error: Exception, where: str) -> Unsupported:
     return Unsupported(f"{where}: {what}, in {operation}", fix=_REMEDY)
 
 
+# While recording, memory holds nothing.
+_LEAVES_TORCH = frozenset((Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.untyped_storage, Tensor.__dlpack__))
+
+
 class _Boundaries(TorchFunctionMode):
-    """Writes ``torch.no_grad`` down as ``detach``: what runs under it sees inputs without gradients."""
+    """Writes ``torch.no_grad`` down as ``detach``: what runs under it sees inputs without gradients.
+
+    Args:
+        where: Names the submodule that is running.
+    """
+
+    def __init__(self, where: Callable[[], str]) -> None:
+        super().__init__()
+        self._where = where
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _LEAVES_TORCH:
+            raise Unsupported(f"{self._where()}: a tensor's values leave PyTorch, in {func.__name__}()", fix=_REMEDY)
+        if getattr(func, "__name__", "") in _STRIDED:
+            _check_strided(args, kwargs, self._where())
         if torch.is_grad_enabled():
             return func(*args, **kwargs)
         first = 1 if changes_first_argument(func) else 0
         stopped = pytree.tree_map_only(Tensor, _stop, (args[first:], kwargs))
         return func(*args[:first], *stopped[0], **stopped[1])
+
+
+_STRIDED = ("as_strided", "as_strided_", "as_strided_copy", "as_strided_scatter")
+_SAME_MEMORY = ("view_", "_unsafe_view_", "_reshape_alias_", "unsqueeze_", "squeeze_", "alias_", "detach_")
+"""Views that leave all elements where they are."""
+
+
+def _check_strided(args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> None:
+    """Views are recorded as copies, in which strides count other elements than in the memory of what is viewed."""
+    base = args[0] if args else kwargs.get("input", kwargs.get("self"))
+    if not isinstance(base, Tensor) or not torch._is_functional_tensor(base):
+        return
+    views = {type(view).__name__ for view in torch._C._functionalization.get_view_meta_sequence(base)}
+    if any(not view.startswith(_SAME_MEMORY) for view in views):
+        raise Unsupported(
+            f"{where}: as_strided of a view of another tensor",
+            fix="Use it on a whole, contiguous tensor (tensor.clone(memory_format=torch.contiguous_format)), or index.",
+        )
 
 
 def _stop(tensor: Tensor) -> Tensor:
@@ -192,28 +245,6 @@ def without_fast_paths() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(attention)
         torch._C._set_mkldnn_enabled(onednn)
         transformer._detect_is_causal_mask = detect
-
-
-@contextmanager
-def _current_module(modules: Sequence[nn.Module]) -> Iterator[Callable[[], str]]:
-    """Within the block, the given function names the submodule that is running."""
-    names = {
-        id(submodule): f"{name or 'the model'} ({type(submodule).__name__})"
-        for module in modules
-        for name, submodule in module.named_modules()
-    }
-    running: list[nn.Module] = []
-    enter = register_module_forward_pre_hook(lambda module, _: running.append(module))
-
-    def left(*_: Any) -> None:
-        running.pop()
-
-    leave = register_module_forward_hook(left)
-    try:
-        yield lambda: names.get(id(running[-1]), type(running[-1]).__name__) if running else "the function"
-    finally:
-        enter.remove()
-        leave.remove()
 
 
 def _unchanged(graph: fx.Graph) -> list[int | None]:

@@ -8,9 +8,11 @@ import jax
 from torch import Tensor, nn
 
 from bridge.arrays import to_jax
-from bridge.lowering import check_lowerable, run
+from bridge.lowering import missing, run
 from bridge.trace import trace
 from bridge.translation import TensorFunction, Translation
+from bridge.where import callers
+from mb_torch.errors import Unsupported
 
 
 class GraphTranslator:
@@ -27,7 +29,16 @@ class GraphTranslator:
             Unsupported: The function looks at values, or operations lack lowerings; the error lists them all.
         """
         traced = trace(function, inputs, modules)
-        check_lowerable(traced)
+        without = missing(traced)
+        if without:
+            found = callers(lambda: function([tensor.detach().clone() for tensor in inputs]), modules, without)
+            names = [
+                f"{operation} in {found[operation]}" if operation in found else f"{operation}" for operation in without
+            ]
+            raise Unsupported(
+                f"no lowering to JAX for {', '.join(names)}",
+                fix="Write these parts of the model with other operations, or use backend='torch'.",
+            )
         constants = {name: to_jax(tensor) for name, tensor in traced.constants.items()}
 
         def computed(arrays: Sequence[jax.Array], key: jax.Array | None, convolution: str) -> list[jax.Array]:

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import jax
 import jax.numpy as jnp
 import torch
 from torch import Tensor, nn
 
-from bridge.arrays import to_jax, to_torch
+from bridge.arrays import to_jax
 from bridge.autograd import CompiledFunction, Outputs
 from bridge.dtypes import torch_dtypes
+from mb_jax.compile_log import CompileLog, logger
 from mb_jax.convolution import convolution_form
 from mb_jax.mirror import MirrorBuffer, MirrorParameter, as_mirrors
-from mb_jax.optim import JaxOptimizer, MirrorStack
+from mb_jax.optim import JaxOptimizer, MirrorStack, arrays_of, keep
 from mb_jax.options import JaxOptions
 from mb_jax.programs import ModelProgram, over_models, part_of, settings, shared, signature, surroundings
 from mb_jax.rng import Random, random_state
+from mb_jax.sharding import EVERYWHERE, ONE_DEVICE, Layout, along, layout_for, placed
+from mb_jax.start import announce, installed_versions, prepare, untested_versions, use_cache
 from mb_jax.step import FusedStep
 from mb_torch.backend import Backend, BatchSpec, Capabilities, Step, StepSpec, create_backend
 from mb_torch.errors import InvalidInput
@@ -31,6 +37,8 @@ from mb_torch.stacked.parts import Plan, plan_parts
 Arrays = list[jax.Array]
 Mirror = MirrorParameter | MirrorBuffer
 
+prepare()
+
 
 class _Forward(NamedTuple):
     """A compiled forward pass of all models.
@@ -38,12 +46,16 @@ class _Forward(NamedTuple):
     Attributes:
         program: The function of one model.
         function: The compiled function of all models.
+        layout: Where its arrays live.
+        leaves_mapped: For each tensor among the arguments, whether it has a model axis.
         smooth: Positions of the flat inputs that gradients are taken of.
         smooth_results: Positions of the results through which gradients flow.
     """
 
     program: ModelProgram
     function: CompiledFunction
+    layout: Layout
+    leaves_mapped: list[bool]
     smooth: list[int]
     smooth_results: list[int]
 
@@ -64,10 +76,16 @@ class JaxBackend:
         self._prepare()
 
     def _prepare(self) -> None:
+        use_cache(self.options.cache_dir)
+        announce()
+        self.layout = layout_for(self.spec.num_models, self.options.devices)
         as_mirrors(self.spec.state)
         self.definition = Definition(self.spec.prototype, self.spec.state)
         self.modules = list(self.spec.prototype.modules())
         self._forwards: dict[Hashable, _Forward] = {}
+        self._steps: WeakSet[FusedStep] = WeakSet()
+        self.log = CompileLog()
+        self._said_compiled = False
         # Losses of outputs that have come to torch, and optimizers that have no form in JAX.
         self._torch = create_backend("torch", replace(self.spec, options={}))
 
@@ -105,20 +123,19 @@ class JaxBackend:
         plan = plan_parts(self.spec.num_models, None, arguments)
         if plan is None:
             arguments = arguments.plain()
-            forward = self._forward(arguments, self.spec.num_models)
+            forward = self._forward(arguments, self.spec.num_models, self.layout)
             results, changed = self._run(
-                forward, mirrors, [mirror.array() for mirror in mirrors], arguments, self.random(forward.program)
+                forward, mirrors, arrays_of(mirrors, self.layout), arguments, self.random(forward.program)
             )
-            for position, array in zip(forward.program.changed, changed, strict=True):
-                mirrors[position].set_array(array)
+            keep([mirrors[position] for position in forward.program.changed], changed, self.layout)
         else:
             forward, results = self._run_parts(plan, mirrors, arguments)
         if forward.program.draws and self.spec.streams is not None:
             self.spec.streams.advance()
         return forward.program.packing.unpack(results)
 
-    def _forward(self, arguments: Arguments, num_models: int) -> _Forward:
-        key = (signature(arguments), num_models, settings(self.modules), surroundings(), self.trainable())
+    def _forward(self, arguments: Arguments, num_models: int, layout: Layout) -> _Forward:
+        key = (signature(arguments), num_models, layout, settings(self.modules), surroundings(), self.trainable())
         if key not in self._forwards:
             program = ModelProgram(
                 [self.definition],
@@ -129,14 +146,14 @@ class JaxBackend:
                 translator=self.options.translator,
                 verify=self.options.verify,
             )
-            self._forwards[key] = self._compiled(program, arguments, num_models)
+            self._forwards[key] = self._compiled(program, arguments, num_models, layout)
         return self._forwards[key]
 
     def trainable(self) -> Hashable:
         """Which parameters require gradients."""
         return tuple([parameter.requires_grad for parameter in self.spec.state.parameters.values()])
 
-    def _compiled(self, program: ModelProgram, arguments: Arguments, num_models: int) -> _Forward:
+    def _compiled(self, program: ModelProgram, arguments: Arguments, num_models: int, layout: Layout) -> _Forward:
         tensors = [
             (leaf, mapped)
             for leaf, mapped in zip(arguments.leaves, arguments.mapped, strict=True)
@@ -147,10 +164,9 @@ class JaxBackend:
         smooth = [position for position, flag in enumerate(wanted) if flag]
         flows = [program.reached(result) & set(smooth) for result in range(program.num_results)]
         smooth_results = [result for result, reached in enumerate(flows) if reached]
+        local = layout.local_models(num_models)
         form = convolution_form(self.options.convolution, num_models)
-        run = over_models(
-            lambda inputs, key: program.run_one(inputs, key, form), mapped, num_models, self.spec.chunk_size
-        )
+        run = over_models(lambda inputs, key: program.run_one(inputs, key, form), mapped, local, self.spec.chunk_size)
 
         def function(given: Arrays, others: Arrays, random: Random | None) -> Outputs:
             inputs = list(others)
@@ -162,9 +178,21 @@ class JaxBackend:
 
         places = {position: index for index, position in enumerate(smooth)}
         reached = [{places[position] for position in flows[result]} for result in smooth_results]
-        key = ("forward", program.key, tuple(mapped), tuple(smooth), num_models, self.spec.chunk_size, form)
-        compiled = shared(key, lambda: CompiledFunction(function, reached))
-        return _Forward(program, compiled, smooth, smooth_results)
+        axes = [along() if flag else EVERYWHERE for flag in mapped]
+        inputs = ([axes[position] for position in smooth], [a for p, a in enumerate(axes) if p not in smooth], along())
+        key = ("forward", program.key, tuple(mapped), tuple(smooth), num_models, self.spec.chunk_size, form, layout)
+        compiled = shared(
+            key,
+            lambda: CompiledFunction(
+                layout.spread(function, inputs, along()),
+                reached,
+                # Nothing flows back from the copies of the last model.
+                place=lambda tensor: layout.place(tensor, fill="constant"),
+                read=layout.read,
+                whole=frozenset(index for index, position in enumerate(smooth) if not mapped[position]),
+            ),
+        )
+        return _Forward(program, compiled, layout, mapped[program.num_tensors :], smooth, smooth_results)
 
     def _run(
         self,
@@ -185,7 +213,10 @@ class JaxBackend:
         """
         leaves = [leaf for leaf in arguments.leaves if isinstance(leaf, Tensor)]
         tensors = [*known, *leaves]
-        inputs = [*state, *map(to_jax, leaves)]
+        layout = forward.layout
+        inputs = [*state, *placed(leaves, forward.leaves_mapped, layout)]
+        if random is not None:
+            random = layout.place(random[0]), layout.place(random[1])
         chosen = set(forward.smooth)
         others = [array for position, array in enumerate(inputs) if position not in chosen]
         smooth, (rest, changed) = forward.function(
@@ -193,21 +224,22 @@ class JaxBackend:
             [inputs[position] for position in forward.smooth],
             others,
             random,
+            watch=self._watch,
         )
         own, remaining = iter(smooth), iter(rest)
         results = [
-            next(own) if index in forward.smooth_results else to_torch(next(remaining))
+            next(own) if index in forward.smooth_results else layout.read(next(remaining))
             for index in range(forward.program.num_results)
         ]
         return results, changed
 
     def _run_parts(self, plan: Plan, mirrors: Sequence[Mirror], arguments: Arguments) -> tuple[_Forward, list[Tensor]]:
-        """Models with equally many rows together."""
+        """Models with equally many rows together, on one device."""
         known = plan.split([mirror.clone() if mirror.requires_grad else mirror.detach() for mirror in mirrors])
         streams = None
         outputs, changes = [], []
         for part, share in enumerate(plan.split_arguments(arguments)):
-            forward = self._forward(share, plan.sizes[part])
+            forward = self._forward(share, plan.sizes[part], ONE_DEVICE)
             if streams is None and forward.program.draws:
                 streams = random_state(self.spec.streams, self.spec.num_models)
             state = [to_jax(tensor) for tensor in known[part]]
@@ -243,14 +275,46 @@ class JaxBackend:
         for backend in backends:
             if not isinstance(backend, JaxBackend):
                 raise InvalidInput("a joint step", received=f"a batch on {backend.name!r}", expected="one backend")
-        return FusedStep(spec, backends)  # type: ignore[arg-type]
+        step = FusedStep(spec, backends)  # type: ignore[arg-type]
+        for backend in step.backends:
+            backend._steps.add(step)
+        return step
 
     def enable_compile(self, **kwargs: Any) -> None:
-        """Do nothing: every program is compiled by XLA."""
+        """Say once that every program is compiled by XLA anyway."""
+        if not self._said_compiled:
+            self._said_compiled = True
+            logger.info("backend='jax' compiles every program with XLA; enable_compile() changes nothing")
+
+    def to_flax(self) -> Any:
+        """Return the models as one flax module with copies of the stacks."""
+        # Loads flax, which nothing else needs.
+        return importlib.import_module("mb_jax.flax_form").to_flax(self)
+
+    def load_flax(self, module: Any) -> None:
+        """Copy a flax module's variables into the stacks, all or none."""
+        importlib.import_module("mb_jax.flax_form").load_flax(self, module)
 
     def report(self) -> dict[str, Any]:
-        """Say how the models are run."""
-        return {"backend": self.name, "runs": "xla"}
+        """Say how the models are run, and how each translation compared with PyTorch."""
+        return {
+            "backend": self.name,
+            "platform": jax.default_backend(),
+            "devices": self.layout.num_devices,
+            "versions": installed_versions(),
+            "untested_versions": untested_versions(),
+            "runs": "xla",
+            "reason": None,
+            "compiled": True,
+            "compiles": self.log.compiles,
+            "compile_seconds": self.log.seconds,
+            "translations": [forward.program.report() for forward in self._forwards.values()],
+            "steps": [step.report() for step in self._steps],
+            "chunk_size": self.spec.chunk_size,
+        }
+
+    def _watch(self, what: str) -> AbstractContextManager[None]:
+        return self.log.watch(f"{what} of {self.spec.num_models} {type(self.spec.prototype).__name__}")
 
 
 def _call_model(model: nn.Module, *trees: Any) -> Any:

@@ -32,7 +32,7 @@ import jax
 import torch
 from torch import Tensor, nn
 
-from bridge.arrays import check_fits, copy_to_torch, to_jax
+from mb_jax.sharding import ONE_DEVICE, Layout
 from mb_jax.torch_functions import Mirrored, call
 from mb_torch.errors import InvalidInput, Unsupported
 from mb_torch.stacked.model_view import ModelView, Stack
@@ -58,10 +58,13 @@ class _Mirror(Mirrored, torch.Tensor):
 
     ``_stale``: the array is newer than torch's values. ``_touched``: torch may have written, or may do so through
     memory that somebody else holds. They are never both set.
+
+    ``_layout``: where the array lives.
     """
 
     _array: jax.Array | None
     _aval: Any
+    _layout: Layout
     _stale: bool
     _touched: bool
     _views: list[weakref.ref[MirrorView]]
@@ -73,24 +76,42 @@ class _Mirror(Mirrored, torch.Tensor):
             data = data.clone(memory_format=torch.contiguous_format)
         mirror: Self = torch.Tensor._make_subclass(cls, data, requires_grad)
         mirror._array = mirror._aval = None
+        mirror._layout = ONE_DEVICE
         mirror._stale, mirror._touched = False, True
         mirror._views = []
         return mirror
 
-    def array(self) -> jax.Array:
+    @property
+    def array_layout(self) -> Layout:
+        """Where the array lives.
+
+        Example:
+            >>> MirrorBuffer(torch.zeros(2)).array_layout.num_devices
+            1
+        """
+        return self._layout
+
+    def array(self, layout: Layout = ONE_DEVICE) -> jax.Array:
         """Return the current values as a JAX array, which may be donated if `set_array` follows.
+
+        Args:
+            layout: Where they are wanted; they live there from now on.
 
         Example:
             >>> MirrorParameter(torch.ones(2)).array().tolist()
             [1.0, 1.0]
         """
+        if layout is not self._layout:
+            self.touch()
+            self._layout = layout
         return self._push() if self._touched else self._array  # type: ignore[return-value]
 
-    def set_array(self, new: jax.Array) -> None:
+    def set_array(self, new: jax.Array, layout: Layout = ONE_DEVICE) -> None:
         """Make a JAX array the values; those of torch, and the array before, are dropped unread.
 
         Args:
             new: An array of the same shape and dtype.
+            layout: Where it lives.
 
         Raises:
             InvalidInput: It has another shape or dtype; nothing has changed.
@@ -101,14 +122,14 @@ class _Mirror(Mirrored, torch.Tensor):
             >>> mirror.tolist()
             [3.0, 3.0]
         """
-        if not self._touched and new.aval is self._aval:
+        if not self._touched and new.aval is self._aval and layout is self._layout:
             # The step of a training loop: a program's results have the same abstract value every time.
             self._array = new
             self._stale = True
             return
         with _PLAIN():
-            check_fits(new, self)
-        self._array, self._aval, self._stale = new, new.aval, True
+            layout.check(new, self)
+        self._array, self._aval, self._stale, self._layout = new, new.aval, True, layout
         if self._touched:
             self._touched = self._has_aliases()
             if self._touched:
@@ -126,7 +147,7 @@ class _Mirror(Mirrored, torch.Tensor):
         """
         if self._stale:
             with _PLAIN():
-                copy_to_torch(self._array, self)  # type: ignore[arg-type]
+                self._layout.copy(self._array, self)  # type: ignore[arg-type]
             self._stale = False
 
     def touch(self) -> None:
@@ -151,7 +172,7 @@ class _Mirror(Mirrored, torch.Tensor):
 
     def _push(self) -> jax.Array:
         with _PLAIN():
-            self._array = to_jax(self, donated=True)
+            self._array = self._layout.push(self)
         self._aval = self._array.aval
         self._touched = self._has_aliases()
         return self._array

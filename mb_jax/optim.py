@@ -18,9 +18,9 @@ import optax
 import torch
 from torch import Tensor
 
-from bridge.arrays import to_jax
 from bridge.dtypes import torch_dtypes
 from mb_jax.mirror import MirrorBuffer, MirrorView
+from mb_jax.sharding import ONE_DEVICE, Layout, along
 from mb_jax.transforms import transform_for
 from mb_torch.stacked.model_view import ModelView, Stack
 from mb_torch.stacked.optim import StackedOptimizer
@@ -147,34 +147,37 @@ class JaxOptimizer(StackedOptimizer):
         if active is not None and not bool(active.any()):
             return
         plan = self.plan([grad is not None for grad in grads])
-        params = [self._stacks[position].parameter for position in plan.positions]
+        params: list[Any] = [self._stacks[position].parameter for position in plan.positions]
+        layout: Layout = params[0].array_layout
         state = self.mirrors(plan)
         mask = np.ones(self.num_models, bool) if active is None else active.cpu().numpy()
-        given = [to_jax(grads[position]) for position in plan.positions]  # type: ignore[arg-type]
+        given = [layout.place(grads[position]) for position in plan.positions]
         pending = self.begin_steps(plan, active, 1)
         with torch_dtypes():
-            new_params, new_state = self._program(plan)(
-                [param.array() for param in params],  # type: ignore[attr-defined]
-                {name: [mirror.array() for mirror in own] for name, own in state.items()},
+            new_params, new_state = self._program(plan, layout)(
+                arrays_of(params, layout),
+                {name: arrays_of(own, layout) for name, own in state.items()},
                 given,
-                [rows[0] for rows in pending.numbers],
-                mask,
+                [layout.place(rows[0], axis=1) for rows in pending.numbers],
+                layout.place(mask),
             )
         # `update` itself has counted one.
         self.finish_steps(pending._replace(updates=0))
-        keep(params, new_params)
+        keep(params, new_params, layout)
         for name, own in state.items():
-            keep(own, new_state[name])
+            keep(own, new_state[name], layout)
 
-    def _program(self, plan: UpdatePlan) -> Any:
-        key: Hashable = ("program", plan)
+    def _program(self, plan: UpdatePlan, layout: Layout) -> Any:
+        key: Hashable = ("program", plan, layout)
         if key not in self._compilables:
             cls = self.optimizer_cls
 
             def program(params: Arrays, state: StateArrays, grads: Arrays, numbers: Any, mask: Any) -> Any:
                 return apply_update(cls, plan, params, state, grads, numbers, mask)
 
-            self._compilables[key] = jax.jit(program, donate_argnums=(0, 1))  # type: ignore[assignment]
+            inputs = (along(), along(), along(), along(1), along())
+            spread = layout.spread(program, inputs, along())
+            self._compilables[key] = jax.jit(spread, donate_argnums=(0, 1))  # type: ignore[assignment]
         return self._compilables[key]
 
 
@@ -190,10 +193,15 @@ def _general(flags: Mapping[str, bool]) -> dict[str, bool]:
     return general
 
 
-def keep(mirrors: Sequence[Any], arrays: Sequence[jax.Array]) -> None:
+def arrays_of(mirrors: Sequence[Any], layout: Layout) -> Arrays:
+    """The arrays of mirrors, where a program wants them."""
+    return [mirror.array(layout) for mirror in mirrors]
+
+
+def keep(mirrors: Sequence[Any], arrays: Sequence[jax.Array], layout: Layout = ONE_DEVICE) -> None:
     """Make arrays the values of mirrors."""
     for mirror, array in zip(mirrors, arrays, strict=True):
-        mirror.set_array(array)
+        mirror.set_array(array, layout)
 
 
 def apply_update(
@@ -252,4 +260,4 @@ def where_active(active: Any, new: jax.Array, old: jax.Array) -> jax.Array:
     return jnp.where(active.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
 
-__all__ = ["JaxOptimizer", "MirrorStack", "UpdatePlan", "apply_update", "keep", "where_active"]
+__all__ = ["JaxOptimizer", "MirrorStack", "UpdatePlan", "apply_update", "arrays_of", "keep", "where_active"]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from bridge.translate import available_translators
+from bridge.translators import available_translators
 from mb_torch.errors import InvalidInput
 
 
@@ -20,6 +21,10 @@ class JaxOptions:
         verify: Compare every translation with PyTorch in float64 before it is used, and refuse what differs.
         convolution: How convolutions of several models are computed: ``"native"`` (grouped convolutions of XLA),
             ``"matmul"`` (shifted windows and one matrix product), or ``"auto"``, which chooses by platform.
+        devices: Over how many devices the models are spread; see `mb_jax.sharding.layout_for`. ``chunk_size`` counts
+            the models of one device. Models with different numbers of rows run on one device.
+        cache_dir: A folder for compiled programs, for this and later runs; see `mb_jax.start.use_cache`. Default:
+            ``$MODELBATCH_JAX_CACHE``, else none.
 
     Example:
         >>> JaxOptions.of({"verify": False}).translator
@@ -29,6 +34,8 @@ class JaxOptions:
     translator: str = "auto"
     verify: bool = True
     convolution: Literal["auto", "native", "matmul"] = "auto"
+    devices: int | Literal["all"] | None = None
+    cache_dir: str | os.PathLike[str] | None = None
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> JaxOptions:
@@ -51,4 +58,11 @@ class JaxOptions:
             if getattr(options, name) not in values:
                 received = repr(getattr(options, name))
                 raise InvalidInput(f"backend_options[{name!r}]", received=received, expected=f"one of {values}")
+        devices = options.devices
+        if devices not in (None, "all") and not (type(devices) is int and devices >= 1):
+            raise InvalidInput(
+                "backend_options['devices']", received=repr(devices), expected="a positive integer, 'all' or None"
+            )
+        if not isinstance(options.cache_dir, str | os.PathLike | None):
+            raise InvalidInput("backend_options['cache_dir']", received=repr(options.cache_dir), expected="a path")
         return options

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import torch
 from torch import Tensor, nn
 
-from bridge.translate import Checked, translate_function
+from bridge.translators import Checked, translate_function
 from mb_jax.rng import key_of
 from mb_torch.stacked.arguments import Arguments
 from mb_torch.stacked.definition import Definition
@@ -34,7 +34,7 @@ class ModelProgram:
         example: One model's tensors, for each definition.
         arguments: The arguments of all models.
         smooth_leaves: Gradients of so many leading leaves are compared with PyTorch's.
-        translator: See `bridge.translate.translate_function`.
+        translator: See `bridge.translators.translate_function`.
         verify: See there.
 
     Attributes:
@@ -106,6 +106,15 @@ class ModelProgram:
             for position, tensor in enumerate(tensors_)
         ]
         return [*results, *after]
+
+    def report(self) -> dict[str, Any]:
+        """Which translator was used, and the largest difference from PyTorch that was seen."""
+        comparison = self.checked.comparison
+        return {
+            "translator": self.checked.translation.translator,
+            "largest_difference": None if comparison is None else comparison.largest,
+            "where": None if comparison is None else comparison.where,
+        }
 
     @property
     def draws(self) -> bool:

@@ -7,6 +7,7 @@ of the loss, who is active) is an input of the program.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -19,7 +20,7 @@ from bridge.arrays import to_jax, to_torch, torch_dtype_of
 from bridge.dtypes import torch_dtypes
 from mb_jax.convolution import convolution_form
 from mb_jax.mirror import MirrorBuffer
-from mb_jax.optim import JaxOptimizer, keep
+from mb_jax.optim import JaxOptimizer, arrays_of, keep
 from mb_jax.programs import (
     ModelProgram,
     part_of,
@@ -29,6 +30,7 @@ from mb_jax.programs import (
     surroundings,
 )
 from mb_jax.rng import Random, random_state
+from mb_jax.sharding import ONE_DEVICE, Layout, placed, same_layout
 from mb_jax.step_program import Constants, Places, State, StepInputs, StepProgram, Updates
 from mb_torch.backend import StepSpec
 from mb_torch.errors import InvalidInput
@@ -51,6 +53,7 @@ class FusedStep:
         self.spec = spec
         self.backends = list(backends)
         self.num_models = backends[0].spec.num_models
+        self.layout = same_layout([backend.layout for backend in backends])
         self._pending = PendingGradients()
         self._programs: dict[Hashable, StepProgram] = {}
         for backend, optimizer in zip(self.backends, spec.optimizers, strict=True):
@@ -68,7 +71,8 @@ class FusedStep:
 
     def _call(self, arguments: Arguments) -> tuple[Tensor, Any]:
         if self._updates_in_program(arguments):
-            return self._unpacked(self._train([arguments.plain()]), arguments.plain())
+            compiled, results = self._train([arguments.plain()])
+            return self._unpacked(compiled, results)
         return self._train_in_pieces(arguments)
 
     def run(self, batches: Sequence[tuple[Any, Any]], *, shared_targets: bool) -> tuple[Tensor, Any]:
@@ -79,8 +83,8 @@ class FusedStep:
         if together and all(map(self._updates_in_program, all_arguments)):
             plain = [own.plain() for own in all_arguments]
             with torch_dtypes():
-                results = self._train(plain)
-                _, aux = self._unpacked([result[-1] for result in results], plain[-1])
+                compiled, results = self._train(plain)
+                aux = self._unpacked(compiled, [result[-1] for result in results])[1] if self.spec.aux else None
                 return _lazily(results[0]), aux
         pairs = [self(inputs, targets, shared_targets=shared_targets) for inputs, targets in batches]
         return torch.stack([losses for losses, _ in pairs]), pairs[-1][1]
@@ -129,7 +133,7 @@ class FusedStep:
         return [mirror for backend in self.backends for mirror in backend.mirrors()]
 
     def _compiled(self, arguments: Arguments) -> StepProgram:
-        key = (
+        key: Hashable = (
             signature(arguments),
             tuple([settings(backend.modules) for backend in self.backends]),
             tuple([backend.trainable() for backend in self.backends]),
@@ -184,8 +188,8 @@ class FusedStep:
             classes.append(optimizer.optimizer_cls if trains else None)  # type: ignore[union-attr]
         return Updates(tuple(classes), tuple(plans), tuple(owners))
 
-    def _train(self, batches: Sequence[Arguments]) -> Arrays:
-        """Run one program over all batches; return results ``[num_models, ...]``, of several ``[steps, ...]``."""
+    def _train(self, batches: Sequence[Arguments]) -> tuple[StepProgram, Arrays]:
+        """Run one program over all batches; return it and its results, those of several batches ``[steps, ...]``."""
         compiled = self._compiled(batches[0])
         places, count = compiled.places, len(batches)
         updates = self._updates(compiled)
@@ -201,38 +205,59 @@ class FusedStep:
             None if plan is None else optimizer.begin_steps(plan, active, count)
             for plan, optimizer in zip(updates.plans, optimizers, strict=True)
         ]
-        varying, leaves, constant_leaves = _stacked_leaves(batches)
+        layout = self.layout
+        varying, leaves, constant_leaves = _stacked_leaves(batches, compiled.leaves_mapped, layout)
         random = self._random(compiled.program)
         numbers = [None if own is None else own.numbers for own in pending]
         steps = None if random is None else _steps_of(random, active, count)
         if count == 1:
             numbers = [None if own is None else [rows[0] for rows in own] for own in numbers]
             steps = None if random is None else random[1]
+        numbers = [None if own is None else [layout.place(r, axis=r.ndim - 1) for r in own] for own in numbers]
+        bound = self._bound()
         train = compiled.training(
-            self.num_models, updates, varying, clips=self.spec.clip_norm is not None, repeats=count > 1
+            self.num_models, updates, varying, clips=bound is not None, repeats=count > 1, layout=layout
         )
-        state, results = train(
-            State(_arrays(trained), _arrays(changed), [{n: _arrays(own) for n, own in one.items()} for one in states]),
-            StepInputs(leaves, numbers, steps),
-            Constants(
-                _arrays(fixed),
-                constant_leaves,
-                np.ones(self.num_models, bool) if active is None else active.cpu().numpy(),
-                self._bound(),
-                None if random is None else random[0],
-            ),
+        state = State(
+            arrays_of(trained, layout),
+            arrays_of(changed, layout),
+            [{name: arrays_of(own, layout) for name, own in one.items()} for one in states],
         )
-        keep(trained, state.trained)
-        keep(changed, state.changed)
+        constants = Constants(
+            arrays_of(fixed, layout),
+            constant_leaves,
+            layout.place(np.ones(self.num_models, bool) if active is None else active.cpu().numpy()),
+            None if bound is None else layout.place(bound),
+            None if random is None else layout.place(random[0]),
+        )
+        if steps is not None:
+            steps = layout.place(steps, axis=steps.ndim - 1)
+        with self._watch("training step" if count == 1 else f"{count} training steps"):
+            state, results = train(state, StepInputs(leaves, numbers, steps), constants)
+        keep(trained, state.trained, layout)
+        keep(changed, state.changed, layout)
         for own, new in zip(states, state.optimizers, strict=True):
             for name, tensors in own.items():
-                keep(tensors, new[name])
+                keep(tensors, new[name], layout)
         for optimizer, own_pending in zip(optimizers, pending, strict=True):
             if own_pending is not None:
                 optimizer.finish_steps(own_pending)
         if random is not None:
             self._advance_streams(active, count)
-        return results
+        return compiled, [layout.whole(array, axis=int(count > 1)) for array in results]
+
+    def report(self) -> dict[str, Any]:
+        """Which translators were used, and how they compared with PyTorch."""
+        return {
+            "runs": "xla",
+            "reason": None,
+            "compiled": True,
+            "translations": [compiled.program.report() for compiled in self._programs.values()],
+        }
+
+    def _watch(self, what: str) -> AbstractContextManager[None]:
+        names = [type(backend.spec.prototype).__name__ for backend in self.backends]
+        return self.backends[0].log.watch(f"{what} of {self.num_models} {' + '.join(names)}")
 
     def _bound(self) -> Any:
         clip_norm = self.spec.clip_norm
@@ -252,10 +277,9 @@ class FusedStep:
                 for _ in range(count):
                     backend.spec.streams.advance(active)
 
-    def _unpacked(self, results: Arrays, arguments: Arguments) -> tuple[Tensor, Any]:
+    def _unpacked(self, compiled: StepProgram, results: Arrays) -> tuple[Tensor, Any]:
         """Losses, and what the loss returned besides."""
-        packing = self._compiled(arguments).program.packing
-        unpacked = packing.unpack([_lazily(array) for array in results])
+        unpacked = compiled.program.packing.unpack([_lazily(array) for array in results])
         return unpacked if self.spec.aux else (unpacked, None)
 
     # Steps whose update is not part of the program.
@@ -266,8 +290,8 @@ class FusedStep:
         scale = torch.ones(self.num_models) if self.spec.scaler is None else self._loss_scale()
         if plan is None:
             compiled, results, grads = self._gradients(arguments.plain(), None, 0, scale, active, None)
-            tensors = [to_torch(array) for array in results]
-            torch_grads: Gradients = [to_torch(grad) for grad in grads]
+            tensors = [self.layout.read(array) for array in results]
+            torch_grads: Gradients = [self.layout.read(grad) for grad in grads]
         else:
             compiled, tensors, torch_grads = self._gradients_of_parts(plan, arguments, scale, active)
         if compiled.program.draws:
@@ -296,23 +320,27 @@ class FusedStep:
         active: Tensor | None,
         random: Random | None,
     ) -> tuple[StepProgram, Arrays, Arrays]:
-        """Results and gradients of some models, whose changed tensors are kept."""
+        """Results and gradients of some models, whose changed tensors are kept; a part runs on one device."""
         compiled = self._compiled(arguments)
+        layout = self.layout if plan is None else ONE_DEVICE
         program = compiled.program
         size = self.num_models if plan is None else plan.sizes[part]
         mirrors = self._mirrors()
-        state = [mirror.array() for mirror in mirrors]
+        state = arrays_of(mirrors, layout)
         own = [part_of(plan, array, part) for array in state]
         if random is None:
             random = self._random(program)
         own_random = None if random is None else (part_of(plan, random[0], part), part_of(plan, random[1], part))
-        mask = to_jax(torch.ones(self.num_models, dtype=torch.bool) if active is None else active)
-        leaves = [to_jax(leaf) for leaf in arguments.leaves if isinstance(leaf, Tensor)]
-        results, grads, after = compiled.gradients(size)(
-            [*own, *leaves, part_of(plan, to_jax(scale), part)], own_random, part_of(plan, mask, part)
-        )
+        if own_random is not None:
+            own_random = layout.place(own_random[0]), layout.place(own_random[1])
+        mask = layout.place(torch.ones(self.num_models, dtype=torch.bool) if active is None else active)
+        tensors = [leaf for leaf in arguments.leaves if isinstance(leaf, Tensor)]
+        leaves = placed(tensors, compiled.leaves_mapped, layout)
+        inputs = [*own, *leaves, part_of(plan, layout.place(scale), part)]
+        with self._watch(f"gradients of {size}"):
+            results, grads, after = compiled.gradients(size, layout)(inputs, own_random, part_of(plan, mask, part))
         for position, array in zip(program.changed, after, strict=True):
-            keep([mirrors[position]], [_with_part(plan, state[position], part, array)])
+            keep([mirrors[position]], [_with_part(plan, state[position], part, array)], layout)
         return compiled, results, grads
 
     def _gradients_of_parts(
@@ -361,17 +389,15 @@ def _trains_all(optimizer: JaxOptimizer, backend: JaxBackend) -> bool:
     return [*map(id, optimizer.stacks.values())] == [*map(id, own)]
 
 
-def _arrays(mirrors: Sequence[Any]) -> Arrays:
-    return [mirror.array() for mirror in mirrors]
-
-
 def _steps_of(random: Random, active: Tensor | None, count: int) -> jax.Array:
     """Steps of the random streams, ``[steps, num_models]``; those of models that are not active stand still."""
     ticking = 1 if active is None else to_jax(active.to(torch.int64))
     return random[1] + jnp.arange(count)[:, None] * ticking
 
 
-def _stacked_leaves(batches: Sequence[Arguments]) -> tuple[tuple[bool, ...], Arrays, Arrays]:
+def _stacked_leaves(
+    batches: Sequence[Arguments], mapped: Sequence[bool], layout: Layout
+) -> tuple[tuple[bool, ...], Arrays, Arrays]:
     """Which leaves differ between batches, those stacked along the steps, and the others."""
     columns = [
         [own.leaves[index] for own in batches]
@@ -379,10 +405,13 @@ def _stacked_leaves(batches: Sequence[Arguments]) -> tuple[tuple[bool, ...], Arr
         if isinstance(leaf, Tensor)
     ]
     if len(batches) == 1:
-        return (True,) * len(columns), [to_jax(column[0]) for column in columns], []
+        return (True,) * len(columns), placed([column[0] for column in columns], mapped, layout), []
     varying = tuple(any(leaf is not column[0] for leaf in column) for column in columns)
-    stacked = [to_jax(torch.stack(column)) for column, flag in zip(columns, varying, strict=True) if flag]
-    return varying, stacked, [to_jax(column[0]) for column, flag in zip(columns, varying, strict=True) if not flag]
+    stacked = [torch.stack(column) for column, flag in zip(columns, varying, strict=True) if flag]
+    same = [column[0] for column, flag in zip(columns, varying, strict=True) if not flag]
+    mapped_stacked = [own for own, flag in zip(mapped, varying, strict=True) if flag]
+    mapped_same = [own for own, flag in zip(mapped, varying, strict=True) if not flag]
+    return varying, placed(stacked, mapped_stacked, layout, axis=1), placed(same, mapped_same, layout)
 
 
 def _with_part(plan: Plan | None, whole: jax.Array, part: int, values: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ import torch
 
 from mb_jax.optim import StateArrays, UpdatePlan, apply_update, where_active
 from mb_jax.programs import ModelProgram, over_models, shared
+from mb_jax.sharding import EVERYWHERE, ONE_DEVICE, Layout, along
 
 Arrays = list[jax.Array]
 
@@ -122,11 +123,16 @@ class StepProgram:
     convolution: str
 
     @property
+    def leaves_mapped(self) -> tuple[bool, ...]:
+        """For each tensor among the arguments, whether it has a model axis."""
+        return self.mapped[self.program.num_tensors :]
+
+    @property
     def key(self) -> Hashable:
         """Equal for programs that compute the same."""
         return self.program.key, self.places, self.mapped, self.chunk_size, self.convolution
 
-    def gradients(self, num_models: int) -> Callable[..., tuple[Arrays, Arrays, Arrays]]:
+    def gradients(self, num_models: int, layout: Layout = ONE_DEVICE) -> Callable[..., tuple[Arrays, Arrays, Arrays]]:
         """Return the compiled ``(inputs, random, active) -> (results, gradients, changed tensors)``.
 
         The flat inputs end with the factors of the losses ``[num_models]``. Tensors of models that are not active come
@@ -134,19 +140,27 @@ class StepProgram:
         """
 
         def make() -> Any:
-            differentiated = self._differentiated(num_models)
+            differentiated = self._differentiated(layout.local_models(num_models))
 
             def gradients(inputs: Arrays, random: Any, active: Any) -> Any:
                 results, grads, after = differentiated(inputs, random)
                 changed = zip(self.program.changed, after, strict=True)
                 return results, grads, [where_active(active, new, inputs[position]) for position, new in changed]
 
-            return jax.jit(gradients)
+            inputs = [along() if flag else EVERYWHERE for flag in (*self.mapped, True)]
+            return jax.jit(layout.spread(gradients, (inputs, along(), along()), along()))
 
-        return shared(("gradients", self.key, num_models), make)
+        return shared(("gradients", self.key, num_models, layout), make)
 
     def training(
-        self, num_models: int, updates: Updates, varying: tuple[bool, ...], *, clips: bool, repeats: bool
+        self,
+        num_models: int,
+        updates: Updates,
+        varying: tuple[bool, ...],
+        *,
+        clips: bool,
+        repeats: bool,
+        layout: Layout = ONE_DEVICE,
     ) -> Callable[[State, StepInputs, Constants], tuple[State, Arrays]]:
         """Return the compiled step, to which the state is donated.
 
@@ -156,17 +170,31 @@ class StepProgram:
             varying: For each tensor among the arguments, whether it is in `StepInputs` or in `Constants`.
             clips: Whether gradients are clipped.
             repeats: Whether the inputs of several steps are given, along a first axis.
+            layout: Where the arrays live.
         """
 
         def make() -> Any:
-            step = self._step(num_models, updates, varying, clips)
+            step = self._step(layout.local_models(num_models), updates, varying, clips)
 
             def steps(state: State, inputs: StepInputs, constants: Constants) -> Any:
                 return jax.lax.scan(lambda state, inputs: step(state, inputs, constants), state, inputs)
 
-            return jax.jit(steps if repeats else step, donate_argnums=0)
+            models = along(int(repeats))
+            function = layout.spread(
+                steps if repeats else step, self._axes_of_inputs(varying, repeats), (along(), models)
+            )
+            return jax.jit(function, donate_argnums=0)
 
-        return shared(("training", self.key, num_models, updates, varying, clips, repeats), make)
+        return shared(("training", self.key, num_models, updates, varying, clips, repeats, layout), make)
+
+    def _axes_of_inputs(self, varying: Sequence[bool], repeats: bool) -> tuple[Any, StepInputs, Constants]:
+        """Where the arguments of a step have the model axis."""
+        mapped = list(zip(self.leaves_mapped, varying, strict=True))
+        own = [along(int(repeats)) if flag else EVERYWHERE for flag, varies in mapped if varies]
+        same = [along() if flag else EVERYWHERE for flag, varies in mapped if not varies]
+        inputs: Any = StepInputs(own, along(1 + repeats), along(int(repeats)))  # type: ignore[arg-type]
+        constants: Any = Constants(along(), same, along(), along(), along())  # type: ignore[arg-type]
+        return along(), inputs, constants
 
     def _differentiated(self, num_models: int) -> Callable[..., Any]:
         """Results, gradients and changed tensors of all models, as a function of arrays."""

@@ -1,7 +1,7 @@
 """Train many independent PyTorch models at once."""
 
 from mb_torch.amp import GradScaler
-from mb_torch.backend import available_backends, register_backend
+from mb_torch.backend import available_backends, init_distributed, register_backend
 from mb_torch.batching import (
     AbstractBatchModule,
     BatchModule,
@@ -16,6 +16,7 @@ from mb_torch.errors import (
     IncompatibleModels,
     InvalidInput,
     InvalidState,
+    MissingPackage,
     MissingState,
     ModelBatchError,
     Unsupported,
@@ -39,6 +40,7 @@ __all__ = [
     "IncompatibleModels",
     "InvalidInput",
     "InvalidState",
+    "MissingPackage",
     "MissingState",
     "ModelBatch",
     "ModelBatchError",
@@ -57,6 +59,7 @@ __all__ = [
     "create_lr_sweep_configs",
     "create_random_masks",
     "create_sgd_configs",
+    "init_distributed",
     "make_joint_step",
     "register_backend",
     "register_module",

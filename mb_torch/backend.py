@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from mb_torch.errors import InvalidInput
+from mb_torch.errors import InvalidInput, MissingPackage, Unsupported
 from mb_torch.random_streams import RandomStreams
 from mb_torch.state import StackedState
 
@@ -29,6 +30,10 @@ _REGISTRY: dict[str, str] = {
     "torch": "mb_torch.vmap.engine:VmapBackend",
     "jax": "mb_jax.engine:JaxBackend",
 }
+# Extras of this distribution that bring what a backend needs.
+_EXTRAS = {"jax": "jax"}
+# Functions `(rank, size, address)` that connect processes; a backend without one runs in one process.
+_CONNECTORS = {"jax": "mb_jax.sharding:init_distributed"}
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,12 @@ class Backend(Protocol):
     def enable_compile(self, **kwargs: Any) -> None:
         """Compile the vectorised function from now on."""
 
+    def to_flax(self) -> Any:
+        """Return the models as one flax module with copies of the stacks, or raise `Unsupported`."""
+
+    def load_flax(self, module: Any) -> None:
+        """Copy a flax module's variables into the stacks, all or none, or raise `Unsupported`."""
+
     def report(self) -> dict[str, Any]:
         """Say how the models are run."""
 
@@ -176,7 +187,91 @@ def resolve_backend_name(name: str | None) -> str:
 
 
 def create_backend(name: str, spec: BatchSpec) -> Backend:
-    """Load the named backend and make one for the given models."""
-    module, _, attribute = _REGISTRY[name].partition(":")
-    factory: Callable[[BatchSpec], Backend] = getattr(importlib.import_module(module), attribute)
+    """Load the named backend and make one for the given models.
+
+    Raises:
+        MissingPackage: Names a package that the backend needs, and the command that installs it.
+    """
+    factory: Callable[[BatchSpec], Backend] = _load(name, _REGISTRY[name])
     return factory(spec)
+
+
+def _load(backend: str, path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if backend not in _EXTRAS or missing == module.partition(".")[0]:
+            raise
+        raise MissingPackage(
+            f"backend={backend!r} needs the package {missing}",
+            fix=f"Run: pip install 'modelbatch-hybrid[{_EXTRAS[backend]}]'",
+        ) from error
+
+
+def init_distributed(
+    backend: str | None = None, rank: int | None = None, size: int | None = None, address: str | None = None
+) -> None:
+    """Connect the processes of a job, so that a batch of models is spread over the devices of all of them.
+
+    Every process runs the same script, calls this once before its first `ModelBatch`, and builds the same batch from
+    the same seeds. Each then trains the models of its own devices; losses reach all. Whatever reads weights, states
+    or outputs has to be done by all processes, though one may write the files.
+
+    Args:
+        backend: As in `ModelBatch`.
+        rank: Number of this process, from 0. Default: ``$SLURM_PROCID``.
+        size: How many processes there are. Default: ``$SLURM_NTASKS``.
+        address: ``host:port`` where process 0 listens. Default: the first host of ``$SLURM_STEP_NODELIST`` or
+            ``$SLURM_JOB_NODELIST``, and a port that follows from ``$SLURM_JOB_ID``.
+
+    Raises:
+        InvalidInput: An argument is neither given nor in the environment, or out of range.
+        MissingPackage: The backend needs a package that is not installed.
+        Unsupported: The backend runs in one process only, or has been used before.
+
+    Example:
+        >>> init_distributed("jax", rank=0, size=1, address="localhost:1234")  # one process: nothing to connect
+    """
+    name = resolve_backend_name(backend)
+    if name not in _CONNECTORS:
+        raise Unsupported(
+            f"init_distributed: backend={name!r} runs in one process",
+            fix=f"Use one of {sorted(_CONNECTORS)}, or give every process models of its own.",
+        )
+    rank = _from_slurm("rank", "SLURM_PROCID") if rank is None else rank
+    size = _from_slurm("size", "SLURM_NTASKS") if size is None else size
+    if not 0 <= rank < size:
+        raise InvalidInput("init_distributed", received=f"rank {rank} of {size}", expected="0 <= rank < size")
+    _load(name, _CONNECTORS[name])(rank, size, _slurm_address() if address is None else address)
+
+
+def _from_slurm(argument: str, variable: str) -> int:
+    text = os.environ.get(variable, "")
+    if not text.isdecimal():
+        raise InvalidInput(
+            f"init_distributed: {argument} is not given and ${variable}",
+            received=repr(text) if text else "nothing",
+            expected="a number",
+            fix="Start the processes with srun, or pass rank=, size= and address=.",
+        )
+    return int(text)
+
+
+def _slurm_address() -> str:
+    hosts = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
+    if not hosts:
+        raise InvalidInput(
+            "init_distributed: address is not given, nor $SLURM_STEP_NODELIST, nor $SLURM_JOB_NODELIST",
+            fix="Start the processes with srun, or pass address='host:port' of process 0.",
+        )
+    # Above the ports that systems hand out by themselves.
+    port = 61440 + _from_slurm("address", "SLURM_JOB_ID") % 4096
+    return f"{_first_host(hosts)}:{port}"
+
+
+def _first_host(hosts: str) -> str:
+    """The first of a list as Slurm writes it: ``"gpu[03-04,7],other"`` starts with ``gpu03``."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", hosts)
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first.group() if first else hosts)

@@ -562,6 +562,45 @@ class ModelBatch(nn.Module):
         """
         self.load_model_states(load_states(path, self.num_models))
 
+    def to_flax(self) -> Any:
+        """Return the models as one ``flax.nnx`` module whose variables have the stacks' names and values.
+
+        The variables are copies with a leading model axis: neither side sees what the other does later. In
+        ``bridge.TorchModule`` is described what the module can do.
+
+        Returns:
+            A ``bridge.TorchModule`` with ``num_models``.
+
+        Raises:
+            Unsupported: The batch is not on the ``"jax"`` backend.
+
+        Example:
+            >>> mb = ModelBatch([nn.Linear(4, 2) for _ in range(3)], backend="jax")
+            >>> module = mb.to_flax()
+            >>> module["weight"].shape
+            (3, 2, 4)
+            >>> mb.load_flax(module)
+        """
+        return self.backend.to_flax()
+
+    def load_flax(self, module: Any) -> None:
+        """Copy the variables of a flax module into the stacks, all or none.
+
+        Args:
+            module: A module as from `to_flax`, its ``nnx.State``, or a flat dict of JAX arrays by name, every one
+                ``[num_models, ...]``.
+
+        Raises:
+            InvalidState: Names the variable; the batch is unchanged.
+            Unsupported: The batch is not on the ``"jax"`` backend.
+
+        Example:
+            >>> mb = ModelBatch([nn.Linear(4, 2) for _ in range(3)], backend="jax")
+            >>> state = mb.to_flax().arrays()
+            >>> mb.load_flax({name: 2 * array for name, array in state.items()})
+        """
+        self.backend.load_flax(module)
+
     def enable_compile(self, **kwargs: Any) -> None:
         """Compile the vectorised models, and the steps of `make_train_step`, with ``torch.compile``.
 

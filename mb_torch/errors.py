@@ -53,3 +53,7 @@ class MissingState(InvalidState, FileNotFoundError):
 
 class Unsupported(ModelBatchError, RuntimeError):
     """The backend cannot do this; raised at the first use, never worked around silently."""
+
+
+class MissingPackage(Unsupported, ImportError):
+    """A package that the backend needs is not installed."""

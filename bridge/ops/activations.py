@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
 from jax import Array
 
-from bridge.ops.pointwise import absolute, cast
+from bridge.ops.pointwise import absolute, cast, with_slope_of
 from bridge.ops.registry import Operation, lowers
 
 aten = torch.ops.aten
@@ -58,7 +59,9 @@ def _relu6(operation: Operation, value: Array) -> Array:
 
 @lowers(aten.hardsigmoid.default)
 def _hardsigmoid(operation: Operation, value: Array) -> Array:
-    return _hardtanh(operation, value + 3, 0, 6) / 6
+    clipped = _hardtanh(operation, value + 3, 0, 6)
+    # PyTorch's own slope is a sixth in float32, also where everything else is wider.
+    return with_slope_of(clipped / 6, clipped * float(np.float32(1 / 6)))
 
 
 @lowers(aten.hardswish.default)

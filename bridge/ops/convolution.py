@@ -6,6 +6,7 @@ tens of times slower than a batched matrix multiplication.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
 from jax import lax
 
@@ -90,54 +92,133 @@ def _native_transposed(
 
 
 def _matmul(input: jax.Array, weight: jax.Array, windows: _Windows, sizes: tuple[int, ...], groups: int) -> jax.Array:
-    columns = _columns(_channels_first(input, groups), windows, sizes)
-    matrix = jnp.moveaxis(weight.reshape(groups, -1, *weight.shape[1:]), 2, -1)
-    output = matrix.reshape(groups, matrix.shape[1], -1) @ columns
-    return output.reshape(weight.shape[0], input.shape[0], *sizes).swapaxes(0, 1)
+    images = jnp.moveaxis(input, 1, -1)
+    columns = _columns(images, _Gathering(images.shape, windows, sizes))
+    output = _product(columns, _as_matrices(weight, groups), across=False)
+    return jnp.moveaxis(output.reshape(input.shape[0], *sizes, weight.shape[0]), -1, 1)
 
 
 def _matmul_transposed(
     input: jax.Array, weight: jax.Array, windows: _Windows, sizes: tuple[int, ...], groups: int
 ) -> jax.Array:
     """The products of all kernel positions, each added where it belongs: the transpose of gathering columns."""
-    images = _channels_first(input, groups)
-    matrix = jnp.moveaxis(weight.reshape(groups, -1, *weight.shape[1:]), 2, -1)
-    columns = matrix.reshape(*matrix.shape[:2], -1).swapaxes(1, 2) @ images.reshape(*images.shape[:2], -1)
-    image = jax.ShapeDtypeStruct((groups, weight.shape[1], input.shape[0], *sizes), columns.dtype)
-    gather = lambda output: _columns(output, windows, input.shape[2:])  # noqa: E731  (named for the reader)
-    (output,) = jax.linear_transpose(gather, image)(columns)
-    return output.reshape(-1, input.shape[0], *sizes).swapaxes(0, 1)
+    images = jnp.moveaxis(input, 1, -1)
+    count, *counts, channels = images.shape
+    columns = _product(images.reshape(-1, channels), _as_matrices(weight, groups), across=True)
+    shape = (count, *sizes, weight.shape[1] * groups)
+    return jnp.moveaxis(_added_up(columns, _Gathering(shape, windows, tuple(counts))), -1, 1)
 
 
-def _channels_first(input: jax.Array, groups: int) -> jax.Array:
-    """``[N, C, *sizes]`` as ``[groups, C/groups, N, *sizes]``: whole images stay contiguous."""
-    swapped = input.swapaxes(0, 1)
-    return swapped.reshape(groups, -1, *swapped.shape[1:])
+def _as_matrices(weight: jax.Array, groups: int) -> jax.Array:
+    """``[O, C, *kernel]`` as ``[groups, O/groups, kernel positions, C]``."""
+    matrices = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], math.prod(weight.shape[2:]))
+    return matrices.swapaxes(2, 3)
 
 
-def _columns(images: jax.Array, windows: _Windows, counts: Sequence[int]) -> jax.Array:
-    """For each window one column with the elements that it covers.
+def _product(rows: jax.Array, matrices: jax.Array, across: bool) -> jax.Array:
+    """Multiply rows with the weights of their groups.
 
     Args:
-        images: ``[groups, channels, N, *sizes]``.
-        windows: How they lie.
-        counts: Number of windows along each axis.
+        rows: ``[N, kernel positions * groups * C]``, or ``[N, groups * O]`` if across.
+        matrices: ``[groups, O, kernel positions, C]``.
+        across: Whether from ``O`` to ``C`` instead of the other way round.
 
     Returns:
-        ``[groups, kernel positions * channels, N * windows]``.
+        ``[N, groups * O]``, or ``[N, kernel positions * groups * C]`` if across.
     """
-    for axis, (count, size, stride, padding, dilation) in enumerate(zip(counts, *windows, strict=True), 3):
+    groups, outputs, kernel, channels = matrices.shape
+    if groups == 1:
+        matrix = matrices.reshape(outputs, kernel * channels)
+        return lax.dot_general(rows, matrix, (((1,), (0 if across else 1,)), ((), ())))
+    if across:
+        split = rows.reshape(-1, groups, outputs)
+        return jnp.einsum("ngo,gokc->nkgc", split, matrices).reshape(-1, kernel * groups * channels)
+    split = rows.reshape(-1, kernel, groups, channels)
+    return jnp.einsum("nkgc,gokc->ngo", split, matrices).reshape(-1, groups * outputs)
+
+
+class _Gathering(NamedTuple):
+    """Which elements of images the windows cover.
+
+    Attributes:
+        shape: Of the images, ``[N, *sizes, C]``.
+        windows: How they lie.
+        counts: Number of windows along each axis.
+    """
+
+    shape: tuple[int, ...]
+    windows: _Windows
+    counts: tuple[int, ...]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _columns(images: jax.Array, gathering: _Gathering) -> jax.Array:
+    """One row for each window, ``[N * windows, kernel positions * C]``.
+
+    Looking rows of channels up is several times faster than joining shifted views; backward, adding shifted views up
+    is faster than adding to looked-up places.
+    """
+    around = _with_padding(images, gathering)
+    count, *sizes, channels = around.shape
+    places = np.zeros((1, 1), np.int32)
+    for size, windows, kernel, stride, dilation in zip(
+        sizes,
+        gathering.counts,
+        gathering.windows.kernel,
+        gathering.windows.stride,
+        gathering.windows.dilation,
+        strict=True,
+    ):
+        own = np.arange(windows)[:, None] * stride + np.arange(kernel)[None, :] * dilation
+        # Windows go on along the first axis, places within them along the second.
+        spread = places[:, None, :, None] * size + own[None, :, None, :]
+        places = spread.reshape(len(places) * windows, -1).astype(np.int32)
+    flat = around.reshape(count, math.prod(sizes), channels)
+    if not np.array_equal(places.reshape(-1), np.arange(flat.shape[1])):
+        flat = flat.at[:, places.reshape(-1)].get(mode="promise_in_bounds")
+    return flat.reshape(count * places.shape[0], places.shape[1] * channels)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _added_up(columns: jax.Array, gathering: _Gathering) -> jax.Array:
+    """Images from columns, each element added where it was taken from: the transpose of `_columns`."""
+    image = jax.ShapeDtypeStruct(gathering.shape, columns.dtype)
+    (images,) = jax.linear_transpose(lambda given: _shifted_views(given, gathering), image)(columns)
+    return images
+
+
+_columns.defvjp(
+    lambda images, gathering: (_columns(images, gathering), None),
+    lambda gathering, _, gradient: (_added_up(gradient, gathering),),
+)
+_added_up.defvjp(
+    lambda columns, gathering: (_added_up(columns, gathering), None),
+    lambda gathering, _, gradient: (_columns(gradient, gathering),),
+)
+
+
+def _with_padding(images: jax.Array, gathering: _Gathering) -> jax.Array:
+    """The part of the images, and zeros around them, that windows reach."""
+    windows = gathering.windows
+    for axis, (count, size, stride, padding, dilation) in enumerate(zip(gathering.counts, *windows, strict=True), 1):
         last = (count - 1) * stride + (size - 1) * dilation - padding
         images = padded(images, axis, padding, last + 1 - images.shape[axis])
-    leading = images.shape[:3]
+    return images
+
+
+def _shifted_views(images: jax.Array, gathering: _Gathering) -> jax.Array:
+    """What `_columns` computes, in the form whose transpose is fast."""
+    windows, counts = gathering.windows, gathering.counts
+    around = _with_padding(images, gathering)
     shifted = []
     for position in itertools.product(*map(range, windows.kernel)):
         first = [index * dilation for index, dilation in zip(position, windows.dilation, strict=True)]
         end = [
             start + (count - 1) * stride + 1 for start, count, stride in zip(first, counts, windows.stride, strict=True)
         ]
-        view = lax.slice(images, [0, 0, 0, *first], [*leading, *end], [1, 1, 1, *windows.stride])
-        shifted.append(view.reshape(*leading[:2], leading[2] * math.prod(counts)))
+        count, channels = around.shape[0], around.shape[-1]
+        view = lax.slice(around, [0, *first, 0], [count, *end, channels], [1, *windows.stride, 1])
+        shifted.append(view.reshape(count * math.prod(counts), channels))
     return jnp.concatenate(shifted, axis=1)
 
 

@@ -12,7 +12,8 @@ from torch._decomp import core_aten_decompositions
 
 aten = torch.ops.aten
 
-# Lowered as they are: their parts are slower, less exact, or more to compile.
+# Lowered as they are: their parts are slower, less exact, more to compile, or without a finite slope where the whole
+# has one. PyTorch differentiates the whole, JAX would differentiate the parts.
 _KEPT = (
     aten.addmm,
     aten.baddbmm,
@@ -32,6 +33,31 @@ _KEPT = (
     aten.silu,
     aten.var,
     aten.std,
+    aten.var_mean,
+    aten.std_mean,
+    aten.softplus,
+    aten.mish,
+    aten.celu,
+    aten.hardsigmoid,
+    aten.hardswish,
+    aten.softshrink,
+    aten.hardshrink,
+    aten.log_sigmoid_forward,
+    aten._safe_softmax,
+    aten.binary_cross_entropy,
+    aten.huber_loss,
+    aten.smooth_l1_loss,
+    aten.soft_margin_loss,
+    aten.xlogy,
+    aten.special_xlog1py,
+    aten.special_log_ndtr,
+    aten.sinc,
+    aten.logaddexp,
+    aten.logaddexp2,
+    aten.hypot,
+    aten.dist,
+    aten.index_fill,
+    aten.take,
 )
 
 
@@ -61,6 +87,6 @@ def _native_batch_norm(
     """The form whose schema says that running statistics change; of `native_batch_norm` the schema is silent."""
     if running_mean is None:
         return aten._native_batch_norm_legit.no_stats(input, weight, bias, training, momentum, eps)
-    return aten._native_batch_norm_legit(
-        input, weight, bias, running_mean, running_var, training, momentum, eps
-    )
+    if not training:
+        return aten._native_batch_norm_legit_no_training(input, weight, bias, running_mean, running_var, momentum, eps)
+    return aten._native_batch_norm_legit(input, weight, bias, running_mean, running_var, training, momentum, eps)

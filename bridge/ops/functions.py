@@ -172,15 +172,18 @@ class _Backward:
     def number(self) -> int:
         """Record it; where it is found in the list of backwards."""
         # Imported here because they import, in the end, this module.
-        from bridge.lowering import check_lowerable
+        from bridge.lowering import missing
         from bridge.trace import trace
 
         gradients = [form for place in self._through if (form := self._outputs[place]) is not None]
         try:
             traced = trace(self._run, [form.empty() for form in (*self._saved, *gradients)])
-            check_lowerable(traced)
         except Exception as error:
             raise _unsupported(self._function, f"its backward cannot be recorded ({error})") from error
+        if without := missing(traced):
+            raise _unsupported(
+                self._function, f"its backward has no lowering to JAX for {', '.join(map(str, without))}"
+            )
         if traced.draws:
             raise _unsupported(self._function, "its backward draws random numbers")
         key = (traced.text, str(self._saved), str(gradients))

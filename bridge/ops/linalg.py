@@ -260,10 +260,19 @@ def _cholesky_solve(operation: Operation, right: Array, factor: Array, upper: bo
     batch = operation.shape[:-2]
     factor = jnp.broadcast_to(factor, (*batch, *factor.shape[-2:]))
     lower = _adjoint(factor) if upper else factor
-    half = lax.linalg.triangular_solve(lower, jnp.broadcast_to(right, operation.shape), left_side=True, lower=True)
-    return lax.linalg.triangular_solve(
-        lower, half, left_side=True, lower=True, transpose_a=True, conjugate_a=jnp.iscomplexobj(lower)
-    )
+    fixed = lax.stop_gradient(jnp.tril(lower))
+
+    def solution(right: Array) -> Array:
+        half = lax.linalg.triangular_solve(fixed, right, left_side=True, lower=True)
+        return lax.linalg.triangular_solve(
+            fixed, half, left_side=True, lower=True, transpose_a=True, conjugate_a=jnp.iscomplexobj(fixed)
+        )
+
+    right = jnp.broadcast_to(right, operation.shape)
+    solved = lax.stop_gradient(solution(right))
+    # PyTorch differentiates the product of a whole matrix with itself, not of one triangle of it.
+    product = jnp.matmul(lower, _adjoint(fixed)) + jnp.matmul(fixed, _adjoint(lower))
+    return with_slope_of(solved, solution(right - jnp.matmul(product, solved)))
 
 
 @lowers(aten.cholesky_inverse.default)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
 from jax import Array
 
@@ -145,6 +146,10 @@ def _soft_margin_loss(operation: Operation, value: Array, target: Array, reducti
     return _reduced(jnp.log1p(jnp.exp(-target * value)), reduction)
 
 
+# PyTorch's own bound on the slope, a number in float32, also where everything else is wider.
+_SMALLEST_VARIANCE = float(np.float32(1e-12))
+
+
 @jax.custom_jvp
 def _cross_entropy_of_probability(probability: Array, target: Array) -> Array:
     # Logarithms end at -100, so that a probability of zero has a finite loss.
@@ -156,8 +161,7 @@ def _cross_entropy_of_probability(probability: Array, target: Array) -> Array:
 @_cross_entropy_of_probability.defjvp
 def _cross_entropy_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     probability, target = primals
-    # PyTorch's own bound on the slope.
-    slope = (probability - target) / jnp.maximum((1 - probability) * probability, 1e-12)
+    slope = (probability - target) / jnp.maximum((1 - probability) * probability, _SMALLEST_VARIANCE)
     of_target = jnp.log1p(-probability) - jnp.log(probability)
     return _cross_entropy_of_probability(*primals), slope * tangents[0] + of_target * tangents[1]
 

@@ -142,6 +142,6 @@ def group_norm(
     eps: float,
 ) -> _Three:
     """Normalise over groups of channels and all positions."""
-    grouped = _accurate(input).reshape(N, group, -1)
+    grouped = _accurate(input).reshape(N, group, C // group * HxW)
     output, mean, inverse, _ = _normalised(grouped, (2,), eps)
     return _scaled(output.reshape(input.shape), weight, bias), mean[..., 0], inverse[..., 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -82,6 +83,63 @@ def _sinc(value: Array) -> Array:
     return jnp.where(at_zero, 1, jnp.sin(product) / product)
 
 
+@jax.custom_jvp
+def _i0(value: Array) -> Array:
+    return special.i0(value)
+
+
+@_i0.defjvp
+def _i0_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    # Of the two slopes that JAX has at zero, each is one.
+    return _i0(*primals), special.i1(*primals) * tangents[0]
+
+
+@jax.custom_jvp
+def _trigamma(value: Array) -> Array:
+    """The derivative of `_digamma`, by PyTorch's own series, whose error is visible in float64."""
+    reflected = value < 0.5
+    at = jnp.where(reflected, 1 - value, value)
+    total = jnp.zeros_like(value)
+    for _ in range(6):
+        total, at = total + 1 / (at * at), at + 1
+    inverse = 1 / (at * at)
+    total += (1 + 1 / (2 * at) + inverse * (1 / 6 - inverse * (1 / 30 - inverse / 42))) / at
+    return jnp.where(reflected, jnp.square(math.pi / jnp.sin(math.pi * value)) - total, total)
+
+
+@_trigamma.defjvp
+def _trigamma_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return _trigamma(*primals), _higher_polygamma(2, primals[0]) * tangents[0]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _higher_polygamma(order: int, value: Array) -> Array:
+    """Of order two and above; JAX's own series is wrong for arguments below about -8, which are moved up here."""
+
+    def moved(_: int, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        at, total = state
+        is_low = at < 0
+        return jnp.where(is_low, at + 1, at), jnp.where(is_low, total + at ** -(order + 1), total)
+
+    at, total = lax.fori_loop(0, 64, moved, (value, jnp.zeros_like(value)))
+    return (-1) ** (order + 1) * math.factorial(order) * (total + special.zeta(order + 1, at))
+
+
+@_higher_polygamma.defjvp
+def _higher_polygamma_jvp(order: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return _higher_polygamma(order, *primals), _higher_polygamma(order + 1, primals[0]) * tangents[0]
+
+
+@jax.custom_jvp
+def _digamma(value: Array) -> Array:
+    return special.digamma(value)
+
+
+@_digamma.defjvp
+def _digamma_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return _digamma(*primals), _trigamma(*primals) * tangents[0]
+
+
 _register(
     {
         aten.acos.default: jnp.arccos,
@@ -93,7 +151,7 @@ _register(
         aten.cos.default: jnp.cos,
         aten.cosh.default: jnp.cosh,
         aten.deg2rad.default: lambda value: value * (math.pi / 180),
-        aten.digamma.default: special.digamma,
+        aten.digamma.default: _digamma,
         aten.erf.default: special.erf,
         aten.erfc.default: special.erfc,
         aten.erfinv.default: special.erfinv,
@@ -118,7 +176,7 @@ _register(
         aten.special_i0e.default: special.i0e,
         aten.special_i1.default: special.i1,
         aten.special_i1e.default: special.i1e,
-        aten.i0.default: special.i0,
+        aten.i0.default: _i0,
         aten.special_log_ndtr.default: special.log_ndtr,
         aten.special_ndtri.default: special.ndtri,
         aten.sqrt.default: jnp.sqrt,
@@ -185,6 +243,12 @@ def _logit(operation: Operation, value: Array, eps: float | None = None) -> Arra
     return jnp.log(value / (1 - value))
 
 
+@lowers(aten.frexp.Tensor)
+def _frexp(operation: Operation, value: Array) -> tuple[Array, Array]:
+    mantissa, exponent = jnp.frexp(lax.stop_gradient(value))
+    return with_slope_of(mantissa, value * jnp.exp2(-exponent.astype(value.dtype))), exponent
+
+
 @lowers(aten.mvlgamma.default)
 def _mvlgamma(operation: Operation, value: Array, p: int) -> Array:
     return special.multigammaln(as_inexact(operation, value), p)
@@ -193,7 +257,9 @@ def _mvlgamma(operation: Operation, value: Array, p: int) -> Array:
 @lowers(aten.polygamma.default)
 def _polygamma(operation: Operation, n: int, value: Array) -> Array:
     value = as_inexact(operation, value)
-    return special.digamma(value) if n == 0 else special.polygamma(n, value)
+    if n < 2:
+        return _trigamma(value) if n else _digamma(value)
+    return _higher_polygamma(n, value)
 
 
 @lowers(aten.nan_to_num.default)
@@ -219,9 +285,9 @@ def _of_two_inexact(function: Callable[[Array, Array], Array]) -> Lowering:
 
 
 def _xlogy(left: Array, right: Array) -> Array:
-    at_zero = left == 0
-    product = jnp.where(at_zero, 1, left) * jnp.log(jnp.where(at_zero, 1, right))
-    return jnp.where(at_zero, jnp.where(jnp.isnan(right), jnp.nan, 0), product)
+    # Zero times an infinite logarithm is zero, and so is its slope.
+    flat = (left == 0) & ((right <= 0) | jnp.isinf(right))
+    return left * jnp.log(jnp.where(flat, 1, right))
 
 
 def _copysign(left: Array, right: Array) -> Array:
@@ -293,8 +359,8 @@ for _name, _target in _in_overloads(
     "Scalar",
     "self_scalar",
     "other_scalar",
-    "OutScalar_Self",
-    "OutScalar_Other",
+    "Scalar_Self",
+    "Scalar_Other",
 ):
     lowers(_target)(_of_two_inexact(_BINARY_INEXACT[_name]))
 

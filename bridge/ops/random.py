@@ -5,7 +5,6 @@ Every draw names its dtype. In JAX's 64-bit mode a draw without one is a draw of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,9 +26,9 @@ def _key(operation: Operation) -> jax.Array:
     return operation.key
 
 
-def _uniform(operation: Operation, shape: Sequence[int] | None = None) -> jax.Array:
+def _uniform(operation: Operation) -> jax.Array:
     """Uniform in [0, 1), of the operation's dtype, or of float32 for results that are no floats."""
-    return jax.random.uniform(_key(operation), operation.shape if shape is None else shape, _draw_dtype(operation.dtype))
+    return jax.random.uniform(_key(operation), operation.shape, _draw_dtype(operation.dtype))
 
 
 def _open_uniform(operation: Operation) -> jax.Array:
@@ -168,14 +167,20 @@ def randint_low(operation: Operation, first: Any, second: Any, third: Any, **_: 
 def random(operation: Operation, self: jax.Array, *bounds: Any, generator: None = None) -> jax.Array:
     """Integers: all that the dtype holds exactly, those below a number, or those between two numbers."""
     if not bounds:
-        dtype = operation.dtype
-        inexact = jnp.issubdtype(dtype, jnp.inexact)
-        largest = 2 ** (jnp.finfo(dtype).nmant + 1) if inexact else 1 if dtype == jnp.bool_ else int(jnp.iinfo(dtype).max)
-        return _integers(operation, 0, largest + inexact)
+        return _integers(operation, 0, _end(operation.dtype))
     low, high = (0, bounds[0]) if len(bounds) == 1 else bounds
     if high is None:
         high = int(jnp.iinfo(operation.dtype).max)
     return _integers(operation, low, high)
+
+
+def _end(dtype: Any) -> int:
+    """One more than the largest number that PyTorch draws for a dtype."""
+    if dtype == jnp.bool_:
+        return 2
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return 2 ** (int(jnp.finfo(dtype).nmant) + 1) + 1
+    return int(jnp.iinfo(dtype).max)
 
 
 def _integers(operation: Operation, low: Any, high: Any) -> jax.Array:

@@ -13,9 +13,6 @@ from torch import Tensor
 
 from bridge.ops.registry import Operation, lowers
 
-_UNROLLED = 8
-"""Steps that are compiled one after the other instead of as one turn of a loop."""
-
 _ARGUMENTS = (
     "Tensor input, Tensor[] states, Tensor[] weights, str cell, bool has_biases, int num_layers, float dropout, "
     "bool bidirectional, bool batch_first"
@@ -138,7 +135,8 @@ def _one_direction(
         after = step(states, from_input)
         return after, after[0]
 
-    final, outputs = lax.scan(scanned, initial, gates, reverse=backwards, unroll=min(_UNROLLED, max(len(gates), 1)))
+    # Unrolled steps were measured to take longer, and many times longer to compile.
+    final, outputs = lax.scan(scanned, initial, gates, reverse=backwards)
     return outputs, final
 
 

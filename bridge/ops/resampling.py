@@ -213,4 +213,4 @@ def _patches(
         for view in views(rows, input.ndim - 1, looked_at[1])
     ]
     stacked = jnp.stack(shifted, -3)
-    return stacked.reshape(*input.shape[:-3], input.shape[-3] * math.prod(kernel), -1)
+    return stacked.reshape(*input.shape[:-3], input.shape[-3] * math.prod(kernel), math.prod(stacked.shape[-2:]))

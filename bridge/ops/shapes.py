@@ -331,6 +331,11 @@ def _repeat_interleave(
     return jnp.repeat(value, repeats, axis=dim)
 
 
+@lowers(aten.repeat_interleave.Tensor)
+def _repeated_indices(operation: Operation, repeats: Array, *, output_size: int | None = None) -> Array:
+    return jnp.repeat(jnp.arange(repeats.shape[0]), repeats, total_repeat_length=operation.shape[0])
+
+
 @lowers(aten.roll.default)
 def _roll(operation: Operation, value: Array, shifts: Sequence[int], dims: Sequence[int] = ()) -> Array:
     return jnp.roll(value, tuple(shifts), tuple(dims)) if dims else jnp.roll(value, shifts[0])

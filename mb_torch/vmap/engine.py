@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mb_torch.backend import Backend, BatchSpec, Capabilities, Step, StepSpec
-from mb_torch.errors import InvalidInput
+from mb_torch.errors import InvalidInput, Unsupported
 from mb_torch.stacked.arguments import Arguments
 from mb_torch.stacked.optim import make_optimizer
 from mb_torch.stacked.packing import check_loss
@@ -186,6 +186,14 @@ class VmapBackend:
         self.compile_options = kwargs
         self._compiled, self._uncompiled = None, False
 
+    def to_flax(self) -> Any:
+        """Refuse: the stacks are no JAX arrays."""
+        raise _no_flax("to_flax")
+
+    def load_flax(self, module: Any) -> None:
+        """Refuse: the stacks are no JAX arrays."""
+        raise _no_flax("load_flax")
+
     def report(self) -> dict[str, Any]:
         """Say how the models are run, and why one after another if they are."""
         return {
@@ -199,6 +207,10 @@ class VmapBackend:
         how = "one by one" if fallback.one_by_one else "vmap" if self.vectorises else "plain PyTorch"
         compiled = self.compile_options is not None and not uncompiled and not fallback.one_by_one
         return {"runs": how, "reason": fallback.reason, "compiled": compiled}
+
+
+def _no_flax(method: str) -> Unsupported:
+    return Unsupported(f"{method} on the torch backend", fix="Build the batch with backend='jax'.")
 
 
 def _call_model(model: nn.Module, *trees: Any) -> Any:

@@ -96,7 +96,7 @@ def test_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
         names = archive.namelist()
     assert {name.split("/")[0] for name in names} == {*PACKAGES, INFO}
     assert [name for name in names if re.search(r"__pycache__|\.pyc$|(^|/)tests?/", name)] == []
-    assert {f"{package}/py.typed" for package in ("mb_torch", "modelbatch", "torchmb")} <= set(names)
+    assert {f"{package}/py.typed" for package in PACKAGES if package != "cli"} <= set(names)
 
 
 def test_wheel_holds_every_source_file(wheel: Path) -> None:

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
 
+from mb_jax.mirror import MirrorParameter
+from mb_jax.optim import JaxOptimizer, MirrorStack
 from mb_torch.schedule import create_lr_scheduler
 from mb_torch.stacked import optim as stacked_optim
-from mb_torch.stacked.optim import StackedOptimizer, make_optimizer
+from mb_torch.stacked.optim import StackedOptimizer
+from mb_torch.stacked.optim import make_optimizer as make_on_stacks
 from mb_torch.stacked.views import ViewOptimizer
 from tests.compare import assert_close
 from tests.optimizers import (
@@ -31,10 +34,28 @@ from tests.optimizers import (
     starting_values,
 )
 
+make_optimizer = make_on_stacks
+
 GAMMAS = [0.9, 0.97, 1.0]
 STEPS = 20
 
 Models = list[dict[str, nn.Parameter]]
+
+
+def make_for_jax(
+    optimizer_cls: type[Optimizer], configs: Sequence[Mapping[str, Any]], stacks: dict[str, Any], num_models: int
+) -> Optimizer:
+    """As the XLA backend makes optimizers: the stacks become parameters whose values live in JAX arrays."""
+    for name, stack in stacks.items():
+        stacks[name] = MirrorParameter(stack.detach(), requires_grad=stack.requires_grad)
+    return make_on_stacks(optimizer_cls, configs, stacks, num_models, MirrorStack, JaxOptimizer)
+
+
+@pytest.fixture(autouse=True, params=["torch", "jax"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run every test on both backends."""
+    if request.param == "jax":
+        monkeypatch.setitem(globals(), "make_optimizer", make_for_jax)
 
 
 def assert_same_training(

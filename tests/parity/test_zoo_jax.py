@@ -27,13 +27,14 @@ REFUSED = {
     "boolean_selection": "BooleanSelection",
     "records_item": "RecordsItem",
     "adaptive_softmax": "AdaptiveLogSoftmaxWithLoss",
+    "lstm_packed_input": "LSTM",
+    "lstm_packed_inside": "PackedClassifier",
+    "gru_packed_inside": "PackedClassifier",
 }
 
 deterministic = [case for case in CASES if not case.random and case.name not in REFUSED]
 trained = [case for case in deterministic if case.name != "buffers_only"]
-in_evaluation = [
-    replace(case, training=False) for case in CASES if case.random and case.name not in ALWAYS_RANDOM
-]
+in_evaluation = [replace(case, training=False) for case in CASES if case.random and case.name not in ALWAYS_RANDOM]
 
 
 def plain(case: Case) -> Case:
@@ -41,17 +42,20 @@ def plain(case: Case) -> Case:
     return replace(case, loops=None)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("double_precision")
 @pytest.mark.parametrize("case", deterministic, ids=repr)
 def test_eager_training_equals_the_loop(case: Case) -> None:
     check(plain(case), train_eagerly, backend="jax")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", trained, ids=repr)
 def test_fused_training_equals_the_loop(case: Case) -> None:
     check(plain(case), train_fused, backend="jax")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", in_evaluation, ids=repr)
 def test_a_random_module_in_evaluation_equals_the_loop(case: Case) -> None:
     check(plain(case), train_fused, backend="jax")
@@ -64,5 +68,3 @@ def test_what_looks_at_values_is_refused(name: str) -> None:
     args, kwargs = batches_of(case)[0]
     with pytest.raises(Unsupported, match=REFUSED[name]):
         mb(*args, **kwargs)
-
-

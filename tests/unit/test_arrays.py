@@ -93,7 +93,7 @@ def test_to_jax_holds_nothing_of_the_tensor():
 
 def test_arrays_are_donated_in_place_and_reading_does_not_prevent_it():
     increment = jax.jit(lambda x: x + 1, donate_argnums=0)
-    array = to_jax(torch.zeros(1000))
+    array = to_jax(torch.zeros(1000), donated=True)
     seen = torch.empty(1000)
     for step in range(3):
         copy_to_torch(array, seen)

@@ -1,4 +1,4 @@
-"""The benchmark compares like with like, notices when it does not, and runs. Nothing here looks at times."""
+"""The benchmarks compare like with like, notice when they do not, and run. Nothing here looks at times."""
 
 from __future__ import annotations
 
@@ -10,35 +10,39 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from benchmarks import bars, mlp_step, peers, report
-from benchmarks.contestants import CONTESTANTS, ONE_RATE, Contestant, Loop
+from benchmarks import bars, command, peers, report
+from benchmarks.contestants import CONTESTANTS, CONVOLUTIONS, ON_JAX, ON_TORCH, ONE_RATE, TOGETHER, Contestant, Loop
 from benchmarks.measure import (
     Disagreement,
     Memory,
+    Race,
     Spread,
     Timings,
     check_losses,
     check_weights,
     race,
 )
+from benchmarks.plan import Choices
 from benchmarks.worker import Weights, Worker, WorkerFailed
-from benchmarks.workloads import MLPs
+from benchmarks.workloads import CNNs, MLPs, Workload
 from tests.marks import needs_compiler
 
 SMALL = MLPs(num_models=3, features=6, hidden=5, classes=4, batch=8)
 ONE = replace(SMALL, num_models=1)
 SWEEP = replace(SMALL, lowest_rate=1e-4, highest_rate=1e-2)
-EAGER = [name for name in CONTESTANTS if name != bars.PEER and "compiled" not in name]
+IMAGES = CNNs(num_models=3, side=4, channels=(2, 3), classes=4, batch=8, lowest_rate=1e-2, highest_rate=1e-2)
+EAGER = [name for name in ON_TORCH if name != bars.PEER and "compiled" not in name]
 
 
-def train(contestant: Contestant, workload: MLPs, steps: int) -> tuple[np.ndarray, Weights]:
-    """Losses of each step and the weights afterwards."""
+def train(contestant: Contestant, workload: Workload, steps: int) -> tuple[np.ndarray, Weights]:
+    """Losses of each step and the weights afterwards; five steps a call."""
     batches = workload.batches()
-    losses = [torch.stack([*contestant.step(*batches[k % len(batches)])]).detach().numpy() for k in range(steps)]
+    calls = [[batches[k % len(batches)] for k in range(first, first + 5)] for first in range(0, steps, 5)]
+    losses = [contestant.losses(contestant.run(own)) for own in calls]
+    contestant.wait()
     weights = [{name: value.detach().numpy() for name, value in model.items()} for model in contestant.weights()]
-    return np.array(losses), weights
+    return np.concatenate(losses), weights
 
 
 @pytest.mark.parametrize("workload", [SMALL, ONE, SWEEP], ids=["many", "one", "sweep"])
@@ -48,9 +52,25 @@ def test_contestants_train_the_same_models(name: str, workload: MLPs) -> None:
         with pytest.raises(ValueError, match="one learning rate"):
             CONTESTANTS[name](workload)
         return
+    agrees_with_the_loop(name, workload)
+
+
+@pytest.mark.parametrize("name", ON_JAX)
+def test_contestants_on_jax_train_the_same_models(name: str) -> None:
+    agrees_with_the_loop(name, SWEEP)
+
+
+@pytest.mark.parametrize("name", [bars.FUSED, bars.JAX_FUSED, *CONVOLUTIONS])
+def test_contestants_train_the_same_convolutions(name: str) -> None:
+    agrees_with_the_loop(name, IMAGES)
+
+
+def agrees_with_the_loop(name: str, workload: Workload) -> None:
     precise = replace(workload, dtype="float64")
     _, expected = train(Loop(precise), precise, 5)
     _, found = train(CONTESTANTS[name](precise), precise, 5)
+    assert found[0].keys() == expected[0].keys()
+    assert {value.dtype.name for model in found for value in model.values()} == {"float64"}
     assert check_weights({"loop": expected, name: found}) <= 1e-9
 
     curve, _ = train(Loop(workload), workload, 40)
@@ -108,7 +128,7 @@ def test_losses_must_fall() -> None:
 def test_contestants_race_in_processes_of_their_own() -> None:
     names = ["loop", bars.FUSED]
     lines: list[str] = []
-    timings = race(names, SMALL, 1, rounds=5, steps=4, say=lines.append)
+    timings = race(Race(names, SMALL, steps=4, warm_up=1), 1, rounds=5, say=lines.append)
     assert {name: len(seconds) for name, seconds in timings.seconds.items()} == dict.fromkeys(names, 5)
     assert timings.ratio("loop", "loop").median == 1
     assert any("round 5 of 5" in line for line in lines)
@@ -123,23 +143,36 @@ def test_a_failing_worker_is_named_with_its_error() -> None:
         assert worker.losses().shape == (1, SMALL.num_models)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("name", [bars.JAX_SCAN, bars.JAX_RUN])
+def test_a_worker_keeps_the_losses_of_every_step_of_a_call(name: str) -> None:
+    with Worker(name, threads=1) as worker, Worker("loop", threads=1) as loop:
+        for own in (worker, loop):
+            own.build(SMALL)
+            own.run(25)
+        check_losses({"loop": loop.losses(), name: worker.losses()})
+        assert worker.losses().shape == (25, SMALL.num_models)
+
+
 def test_a_disagreement_fails_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def disagree(*_: object) -> float:
         raise Disagreement("the weights differ")
 
-    monkeypatch.setattr(mlp_step, "agree_in_float64", disagree)
-    assert mlp_step.main(["--quick", "--without-peers"]) == 1
-    assert "the weights differ" in capsys.readouterr().err
+    monkeypatch.setattr(command, "agree_in_float64", disagree)
+    assert command.main(["--quick", "--without-peers", "--only", "mlp", "cnn"]) == 1
+    said = capsys.readouterr().err
+    assert "mlp: the contestants do not compute the same: the weights differ" in said
+    assert "cnn: the contestants do not compute the same: the weights differ" in said
 
 
 def test_too_few_rounds_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        mlp_step.main(["--rounds", "14"])
+        command.main(["--rounds", "14"])
     assert "at least 15" in capsys.readouterr().err
 
 
 def test_ratios_are_formed_round_by_round() -> None:
-    timings = Timings(SMALL, {}, {"slow": [2.0, 8.0, 6.0], "fast": [1.0, 2.0, 2.0]}, 0.0)
+    timings = Timings(SMALL, 5, {}, {"slow": [2.0, 8.0, 6.0], "fast": [1.0, 2.0, 2.0]}, 0.0)
     assert timings.ratio("slow", "fast") == Spread(3.0, 2.5, 3.5, 2.0, 4.0)
     assert timings.fastest(["slow", "fast"]) == "fast"
 
@@ -155,11 +188,61 @@ def test_bars(value: float, at_least: bool, holds: bool) -> None:
 
 
 def test_bars_of_many_use_the_fastest_by_hand() -> None:
-    seconds = {name: [1.0, 1.0] for name in CONTESTANTS} | {"by hand, rate per model": [0.5, 0.5]}
-    found = bars.bars_of_many(Timings(SMALL, {}, seconds, 0.0))
+    seconds = {name: [1.0, 1.0] for name in ON_TORCH} | {"by hand, rate per model": [0.5, 0.5]}
+    found = bars.bars_of_many(Timings(SMALL, 5, {}, seconds, 0.0))
     assert found[0].what == "ours, make_train_step / by hand, rate per model"
     assert (found[0].measured.median, found[0].holds) == (2.0, False)
     assert len(found) == 4
+
+
+def test_bars_of_jax_compare_single_steps_with_single_steps_and_scans_with_scans() -> None:
+    seconds = {
+        bars.PEER: 12.0,
+        "jax by hand": 2.0,
+        "jax by hand, scan": 1.0,
+        "ours on jax, documented step": 8.0,
+        "ours on jax, make_train_step": 3.0,
+        "ours on jax, step.run": 1.5,
+    }
+    timings = Timings(SMALL, 20, {}, {name: [time, time] for name, time in seconds.items()}, 0.0)
+    found = {bar.what: (bar.measured.median, bar.limit, bar.at_least) for bar in bars.bars_of_jax(timings)}
+    assert found == {
+        "ours on jax, make_train_step / jax by hand": (1.5, 1.1, False),
+        "ours on jax, step.run / jax by hand, scan": (1.5, 1.1, False),
+        "modelbatch 0.1.0 / ours on jax, documented step": (1.5, 1.5, True),
+        "modelbatch 0.1.0 / ours on jax, make_train_step": (4.0, 4.5, True),
+        "modelbatch 0.1.0 / ours on jax, step.run": (8.0, 6.0, True),
+    }
+    del timings.seconds[bars.PEER]
+    assert len(bars.bars_of_jax(timings)) == 2
+
+
+def test_the_bar_of_convolutions_is_for_the_form_that_jax_chooses() -> None:
+    seconds = {name: [9.0, 9.0] for name in CONVOLUTIONS} | {bars.FUSED: [2.0, 2.0], bars.JAX_FUSED: [4.0, 4.0]}
+    (bar,) = bars.bars_of_cnns(Timings(IMAGES, 5, {}, seconds, 0.0))
+    assert bar.what == "ours on jax, make_train_step / ours, make_train_step"
+    assert (bar.measured.median, bar.limit, bar.holds) == (2.0, 1.5, False)
+
+
+@pytest.mark.parametrize("name", command.BENCHMARKS)
+def test_plans_name_contestants_that_there_are(name: str) -> None:
+    for quick in (False, True):
+        plan = command.BENCHMARKS[name](Choices(quick=quick))
+        # The first is what the others are checked against.
+        assert all(one.contestants[0] == "loop" for one in plan.races.values())
+        assert {who for one in plan.races.values() for who in one.contestants} <= set(CONTESTANTS)
+    without = command.BENCHMARKS[name](Choices(left_out=(bars.PEER,)))
+    assert not any(bars.PEER in one.contestants for one in without.races.values())
+
+
+def test_contestants_of_several_steps_a_call_get_as_many_every_time() -> None:
+    (one,) = command.BENCHMARKS["xla"](Choices()).races.values()
+    assert {steps % TOGETHER for steps in (one.steps, one.warm_up, one.first_steps)} == {0}
+
+
+def test_results_of_a_gpu_have_files_of_their_own() -> None:
+    assert command.file_name("xla", None) == "xla_step"
+    assert command.file_name("xla", "NVIDIA A100-SXM4 (80GB)") == "xla_step-nvidia-a100-sxm4-80gb"
 
 
 def test_memory_is_counted_in_copies_of_the_parameters() -> None:
@@ -168,6 +251,11 @@ def test_memory_is_counted_in_copies_of_the_parameters() -> None:
     memory = Memory(SMALL, peak=5 * parameters)
     assert (memory.rest, memory.copies) == (2 * parameters, 2.0)
     assert [bar.holds for bar in bars.bars_of_memory({bars.EAGER: memory, "loop": memory})] == [False]
+
+
+def test_bytes_of_the_parameters_of_convolutions() -> None:
+    parameters = sum(p.numel() * p.element_size() for model in IMAGES.models() for p in model.parameters())
+    assert IMAGES.parameter_bytes == parameters
 
 
 def test_learning_rates_of_a_sweep() -> None:
@@ -198,20 +286,29 @@ def test_a_failed_installation_leaves_nothing(monkeypatch: pytest.MonkeyPatch, t
 @needs_compiler
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_a_quick_run(tmp_path: Path) -> None:
-    output = tmp_path / "results.json"
-    options = ["--quick", "--without-peers", "--threads", "1", "--output", str(output)]
+@pytest.mark.parametrize(
+    ("name", "contestants"),
+    [
+        ("mlp", {*ON_TORCH} - {bars.PEER}),
+        ("xla", {"loop", bars.FUSED, *ON_JAX}),
+        ("cnn", {"loop", bars.FUSED, bars.JAX_FUSED, *CONVOLUTIONS}),
+    ],
+)
+def test_a_quick_run(name: str, contestants: set[str], tmp_path: Path) -> None:
+    options = ["--quick", "--without-peers", "--threads", "1", "--only", name, "--output", str(tmp_path)]
     finished = subprocess.run(
-        [sys.executable, "-m", "benchmarks.mlp_step", *options],
-        cwd=Path(mlp_step.__file__).parents[1],
+        [sys.executable, "-m", "benchmarks", *options],
+        cwd=Path(command.__file__).parents[1],
         capture_output=True,
         text=True,
         check=False,
     )
     assert finished.returncode == 0, finished.stderr
+    output = next(tmp_path.glob("*.json"))
+    assert output.name.startswith(f"{name}_step")
     results = json.loads(output.read_text())
-    assert set(results["timings"]["many"]["seconds"]) == set(CONTESTANTS) - {bars.PEER}
+    assert set(results["timings"]["many"]["seconds"]) == contestants
     assert results["bars"] == []
-    for name in results["timings"]["many"]["seconds"]:
-        assert f"| {name} |" in finished.stdout
+    for contestant in contestants:
+        assert f"| {contestant} |" in finished.stdout
     assert output.with_suffix(".md").read_text() == finished.stdout

@@ -16,6 +16,7 @@ jax = pytest.importorskip("jax")
 from bridge.arrays import to_jax  # noqa: E402
 from bridge.lowering import run  # noqa: E402
 from bridge.trace import trace  # noqa: E402
+from mb_torch.errors import Unsupported  # noqa: E402
 
 INF, NAN = float("inf"), float("nan")
 
@@ -69,6 +70,7 @@ SIGNS = tensor([-2.0, -1.0, 0.0, 1.0, 2.0])
 TIES = tensor([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0], [3.0, 0.0, 1.0]])
 ZEROS = torch.zeros(2, 3)
 MASK = tensor([True, False, True])
+CAUSAL = torch.ones(4, 4, dtype=torch.bool).tril()
 POSITIONS = tensor([[0, 0], [1, 2], [2, 2]])
 ROWS = torch.arange(6.0).reshape(3, 2) - 2
 
@@ -122,6 +124,30 @@ SLOPES: dict[str, tuple[Callable[..., Any], Sequence[Tensor]]] = {
         [torch.ones(3, 2) * 2, tensor([[0.0, 3], [1, 0], [4, 0]])],
     ),
     "scatter mean": (lambda x, y: x.scatter_reduce(0, POSITIONS, y, "mean", include_self=False), [ROWS, ROWS + 1]),
+    "softplus of large values": (torch.nn.functional.softplus, [SIGNS * 500]),
+    "mish of large values": (torch.nn.functional.mish, [SIGNS * 500]),
+    "celu of large values": (torch.nn.functional.celu, [SIGNS * 500]),
+    "log sigmoid of large values": (torch.nn.functional.logsigmoid, [SIGNS * 500]),
+    "cross entropy of certain probabilities": (
+        lambda x: torch.nn.functional.binary_cross_entropy(x, tensor([0.0, 1, 0, 1]), reduction="none"),
+        [tensor([0.0, 0, 1, 1])],
+    ),
+    "sinc at zero": (torch.sinc, [SIGNS / 2]),
+    "x log y at zero": (
+        lambda x: torch.xlogy(x, tensor([0.0, 2, 1, 3])),
+        [tensor([0.0, 0, 2, 1])],
+    ),
+    "log of summed nothing": (lambda x: torch.logaddexp(x, tensor(0.0)), [tensor([-INF, -800.0, 800.0])]),
+    "hard swish at its bounds": (torch.nn.functional.hardswish, [SIGNS * 1.5]),
+    "hard sigmoid at its bounds": (torch.nn.functional.hardsigmoid, [SIGNS * 1.5]),
+    "shrinking at its bounds": (lambda x: (torch.nn.functional.softshrink(x, 1), x.hardshrink(1)), [SIGNS]),
+    "std and mean of equal": (lambda x: torch.std_mean(x, 1), [TIES]),
+    "distance of equal": (lambda x, y: torch.dist(x, y), [TIES, TIES]),
+    "modified bessel at zero": (torch.i0, [SIGNS]),
+    "attention without any allowed position": (
+        lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=CAUSAL.logical_not()),
+        [torch.linspace(-1, 1, 24).reshape(1, 4, 6) * scale for scale in (1, 2, 3)],
+    ),
     "detach": (lambda x: x * x.detach(), [SIGNS]),
     "where with nan": (lambda x: torch.where(x > 0, x, 0.0), [tensor([NAN, 1.0, -1.0])]),
 }
@@ -228,3 +254,21 @@ CASES = {**SLOPES, **DTYPES, **SHAPES, **INDEXED}
 @pytest.mark.parametrize("name", CASES)
 def test_means_what_it_means_in_torch(name: str) -> None:
     compare(*CASES[name])
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.t().as_strided((2, 2), (1, 2)),
+        lambda x: x[1:].as_strided((2, 2), (1, 2)),
+        lambda x: torch.as_strided(x.expand(3, 3), (2, 2), (1, 2)),
+    ],
+    ids=["transposed", "sliced", "expanded"],
+)
+def test_strides_of_views_are_refused(view: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(Unsupported, match="as_strided of a view"):
+        trace(lambda inputs: [view(inputs[0])], [TIES])
+
+
+def test_complex_views_are_recorded_where_inputs_require_gradients() -> None:
+    compare(lambda x: torch.fft.irfft2(torch.fft.fft2(x)[:, :2] * 2, s=(3, 3)), [TIES])

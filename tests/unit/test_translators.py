@@ -21,7 +21,7 @@ from bridge.arrays import to_jax  # noqa: E402
 from bridge.denied import DENIED  # noqa: E402
 from bridge.dtypes import torch_dtypes  # noqa: E402
 from bridge.torchax_import import tolerant_overloads  # noqa: E402
-from bridge.translate import translate_function  # noqa: E402
+from bridge.translators import translate_function  # noqa: E402
 from bridge.verify import compare  # noqa: E402
 from bridge.via_graph import GraphTranslator  # noqa: E402
 from bridge.via_torch2jax import Torch2JaxTranslator  # noqa: E402
@@ -327,7 +327,7 @@ def state():
         dict(os.environ),
     )
 before = state()
-from bridge.translate import translate_function
+from bridge.translators import translate_function
 translate_function(lambda tensors: [tensors[0].sin()], [torch.ones(2)], translator="torchax")
 assert state() == before, (before, state())
 with torch.random.fork_rng():

@@ -1,0 +1,50 @@
+"""What a benchmark consists of; each is a module with a function that plans it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from benchmarks.bars import Bar
+from benchmarks.measure import Memory, Race, Timings
+from benchmarks.workloads import Workload
+
+BarsOf = Callable[[Mapping[str, Timings], Mapping[str, Memory]], list[Bar]]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What is left to the caller.
+
+    Attributes:
+        quick: Whether this is a smoke run: small models, few steps, no bounds.
+        device: Where to train.
+        left_out: Contestants that do not take part.
+    """
+
+    quick: bool = False
+    device: str = "cpu"
+    left_out: tuple[str, ...] = ()
+
+    def present(self, contestants: list[str]) -> list[str]:
+        """Those that take part."""
+        return [name for name in contestants if name not in self.left_out]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One benchmark.
+
+    Attributes:
+        title: Of its page.
+        races: By name.
+        bars: What must hold, given the timings of the races and the memory.
+        measured_memory: Whose memory is measured.
+        large: What they train meanwhile.
+    """
+
+    title: str
+    races: Mapping[str, Race]
+    bars: BarsOf
+    measured_memory: tuple[str, ...] = ()
+    large: Workload | None = None

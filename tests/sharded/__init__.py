@@ -1,0 +1,1 @@
+"""What must run with several devices or processes; `tests/unit/test_sharding.py` starts it."""
