@@ -19,8 +19,8 @@ Progress = Callable[[str], None]
 
 CHECKED_STEPS = 5
 WEIGHT_TOLERANCE = 1e-9
-# In float32 rounding differs and grows with the steps: these bounds are a multiple of what right contestants differ by,
-# ten times for MLPs, three times for CNNs.
+# In float32 rounding differs and grows with the steps: these bounds are ten times what right contestants differ by, of
+# CNNs seven times.
 LOSS_ABSOLUTE, LOSS_RELATIVE = 2e-3, 2e-2
 # A model with a high learning rate doubles any difference again and again; after so many steps only the mean over the
 # models says something.

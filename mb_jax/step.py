@@ -6,7 +6,7 @@ of the loss, who is active) is an input of the program.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from bridge.arrays import to_jax, to_torch, torch_dtype_of
 from bridge.dtypes import torch_dtypes
@@ -29,14 +30,16 @@ from mb_jax.programs import (
     signature,
     surroundings,
 )
+from mb_jax.resident import ResidentData
 from mb_jax.rng import Random, random_state
-from mb_jax.sharding import ONE_DEVICE, Layout, placed, same_layout
+from mb_jax.sharding import ONE_DEVICE, placed, same_layout
 from mb_jax.step_program import Constants, Places, State, StepInputs, StepProgram, Updates
 from mb_torch.backend import StepSpec
 from mb_torch.errors import InvalidInput
 from mb_torch.stacked.arguments import Arguments
 from mb_torch.stacked.packing import check_loss
 from mb_torch.stacked.parts import Plan, plan_parts
+from mb_torch.stacked.rows import rows_of
 from mb_torch.stacked.step_update import Gradients, PendingGradients, check_optimizer, update_models
 from mb_torch.trees import leaves_of
 
@@ -55,14 +58,17 @@ class FusedStep:
         self.num_models = backends[0].spec.num_models
         self.layout = same_layout([backend.layout for backend in backends])
         self._pending = PendingGradients()
+        self._resident = ResidentData()
         self._programs: dict[Hashable, StepProgram] = {}
+        self._trainers: dict[Hashable, Callable[..., Any]] = {}
+        self._present: dict[int, tuple[list[list[bool]], tuple[tuple[int, ...], ...]]] = {}
         for backend, optimizer in zip(self.backends, spec.optimizers, strict=True):
             if optimizer is not None:
                 check_optimizer(backend.definition, optimizer, spec)
 
     def __getstate__(self) -> dict[str, Any]:
         # Compiled programs belong to one object: a copy makes its own.
-        return {**self.__dict__, "_programs": {}}
+        return {**self.__dict__, "_programs": {}, "_trainers": {}, "_present": {}}
 
     def __call__(self, inputs: Any, targets: Any, *, shared_targets: bool) -> tuple[Tensor, Any]:
         """Run one step; return the losses ``[num_models]`` and the loss's aux."""
@@ -89,6 +95,18 @@ class FusedStep:
         pairs = [self(inputs, targets, shared_targets=shared_targets) for inputs, targets in batches]
         return torch.stack([losses for losses, _ in pairs]), pairs[-1][1]
 
+    def run_rows(self, inputs: Any, targets: Any, rows: Tensor, *, shared_targets: bool) -> tuple[Tensor, Any]:
+        """Run one step per entry of ``rows`` ``[steps, batch]`` on rows of a data set that stays on the device."""
+        batches = [self._arguments(inputs, targets, shared_targets, own) for own in rows.to(torch.int64)]
+        if not self._updates_in_program(batches[0]):
+            taken = [rows_of(inputs, targets, own, self.spec.shared_input, shared_targets) for own in rows]
+            return self.run(taken, shared_targets=shared_targets)
+        with torch_dtypes():
+            compiled, results = self._train(batches)
+            latest = results if len(batches) == 1 else [result[-1] for result in results]
+            losses, aux = self._unpacked(compiled, latest)
+            return losses[None] if len(batches) == 1 else _lazily(results[0]), aux
+
     def flush(self) -> None:
         """Make an update of gradients accumulated so far, if there are any."""
         if self._pending.calls:
@@ -96,10 +114,10 @@ class FusedStep:
             own = [grads.get((d, p)) for d, tensors in enumerate(self._trained()) for p, _ in enumerate(tensors)]
             update_models(self.spec, self._trained(), own, active)
 
-    def _arguments(self, inputs: Any, targets: Any, shared_targets: bool) -> Arguments:
-        shared = not self.spec.shared_input
-        trees = (inputs, targets, self.spec.loss_args, self.spec.shared_args)
-        return Arguments(trees, (shared, not shared_targets, True, False))
+    def _arguments(self, inputs: Any, targets: Any, shared_targets: bool, rows: Tensor | None = None) -> Arguments:
+        own_inputs = not self.spec.shared_input
+        trees = (inputs, targets, self.spec.loss_args, self.spec.shared_args, rows)
+        return Arguments(trees, (own_inputs, not shared_targets, True, False, False))
 
     def _updates_in_program(self, arguments: Arguments) -> bool:
         """Whether forward, backward and update are one program."""
@@ -114,7 +132,9 @@ class FusedStep:
         )
 
     def _loss_of_one_model(self, *args: Any) -> Any:
-        *models, inputs, targets, loss_args, shared_args = args
+        *models, inputs, targets, loss_args, shared_args, rows = args
+        if rows is not None:
+            inputs, targets = pytree.tree_map_only(Tensor, lambda data: data.index_select(0, rows), (inputs, targets))
         result = self.spec.loss_fn(*models, inputs, targets, **loss_args, **shared_args)
         if not self.spec.aux:
             return check_loss(result)
@@ -172,21 +192,31 @@ class FusedStep:
         )
 
     def _updates(self, compiled: StepProgram) -> Updates:
-        mirrors = self._mirrors()
-        used = {id(mirrors[position]) for position in compiled.places.trained}
-        classes, plans, owners, first = [], [], [], 0
-        for backend, optimizer in zip(self.backends, self.spec.optimizers, strict=True):
-            last = first + len(backend.mirrors())
-            places = enumerate(compiled.places.trained)
-            owners.append(tuple(index for index, position in places if first <= position < last))
-            first = last
-            plan = None
-            if isinstance(optimizer, JaxOptimizer):
-                plan = optimizer.plan([id(parameter) in used for parameter in optimizer.stacks.values()])
+        classes, plans = [], []
+        present, owners = self._presence(compiled)
+        for optimizer, own in zip(self.spec.optimizers, present, strict=True):
+            plan = optimizer.plan(own) if isinstance(optimizer, JaxOptimizer) else None
             trains = plan is not None and bool(plan.positions)
             plans.append(plan if trains else None)
             classes.append(optimizer.optimizer_cls if trains else None)  # type: ignore[union-attr]
-        return Updates(tuple(classes), tuple(plans), tuple(owners))
+        return Updates(tuple(classes), tuple(plans), owners)
+
+    def _presence(self, compiled: StepProgram) -> tuple[list[list[bool]], tuple[tuple[int, ...], ...]]:
+        """For each batch which stacks of its optimizer are trained, and which of the trained tensors are its own."""
+        # Programs live as long as this step, so that their ids are their own.
+        if id(compiled) not in self._present:
+            mirrors = self._mirrors()
+            used = {id(mirrors[position]) for position in compiled.places.trained}
+            present, owners, first = [], [], 0
+            for backend, optimizer in zip(self.backends, self.spec.optimizers, strict=True):
+                stacks = optimizer.stacks.values() if isinstance(optimizer, JaxOptimizer) else ()
+                present.append([id(parameter) in used for parameter in stacks])
+                last = first + len(backend.mirrors())
+                places = enumerate(compiled.places.trained)
+                owners.append(tuple(index for index, position in places if first <= position < last))
+                first = last
+            self._present[id(compiled)] = present, tuple(owners)
+        return self._present[id(compiled)]
 
     def _train(self, batches: Sequence[Arguments]) -> tuple[StepProgram, Arrays]:
         """Run one program over all batches; return it and its results, those of several batches ``[steps, ...]``."""
@@ -206,7 +236,7 @@ class FusedStep:
             for plan, optimizer in zip(updates.plans, optimizers, strict=True)
         ]
         layout = self.layout
-        varying, leaves, constant_leaves = _stacked_leaves(batches, compiled.leaves_mapped, layout)
+        varying, leaves, constant_leaves = self._leaves(batches, compiled.leaves_mapped)
         random = self._random(compiled.program)
         numbers = [None if own is None else own.numbers for own in pending]
         steps = None if random is None else _steps_of(random, active, count)
@@ -215,9 +245,11 @@ class FusedStep:
             steps = None if random is None else random[1]
         numbers = [None if own is None else [layout.place(r, axis=r.ndim - 1) for r in own] for own in numbers]
         bound = self._bound()
-        train = compiled.training(
-            self.num_models, updates, varying, clips=bound is not None, repeats=count > 1, layout=layout
-        )
+        key = (id(compiled), updates, varying, bound is None, count > 1)
+        if key not in self._trainers:
+            self._trainers[key] = compiled.training(
+                self.num_models, updates, varying, clips=bound is not None, repeats=count > 1, layout=layout
+            )
         state = State(
             arrays_of(trained, layout),
             arrays_of(changed, layout),
@@ -233,7 +265,7 @@ class FusedStep:
         if steps is not None:
             steps = layout.place(steps, axis=steps.ndim - 1)
         with self._watch("training step" if count == 1 else f"{count} training steps"):
-            state, results = train(state, StepInputs(leaves, numbers, steps), constants)
+            state, results = self._trainers[key](state, StepInputs(leaves, numbers, steps), constants)
         keep(trained, state.trained, layout)
         keep(changed, state.changed, layout)
         for own, new in zip(states, state.optimizers, strict=True):
@@ -245,6 +277,30 @@ class FusedStep:
         if random is not None:
             self._advance_streams(active, count)
         return compiled, [layout.whole(array, axis=int(count > 1)) for array in results]
+
+    def _leaves(
+        self, batches: Sequence[Arguments], mapped: Sequence[bool]
+    ) -> tuple[tuple[bool, ...], list[Any], list[Any]]:
+        """Which leaves differ between batches, those stacked along the steps, and the others."""
+        columns = [
+            [own.leaves[index] for own in batches]
+            for index, leaf in enumerate(batches[0].leaves)
+            if isinstance(leaf, Tensor)
+        ]
+        has_rows = batches[0].trees[-1] is not None
+        if len(batches) == 1 and not has_rows:
+            return (True,) * len(columns), placed([column[0] for column in columns], mapped, self.layout), []
+        if len(batches) == 1:
+            varying = (*(False for _ in columns[1:]), True)
+        else:
+            varying = tuple(any(leaf is not column[0] for leaf in column) for column in columns)
+        pairs = list(zip(columns, mapped, varying, strict=True))
+        steps = [torch.stack(column) if len(batches) > 1 else column[0] for column, _, varies in pairs if varies]
+        stacked = placed(steps, [flag for _, flag, varies in pairs if varies], self.layout, axis=int(len(batches) > 1))
+        same = [column[0] for column, _, varies in pairs if not varies]
+        same_mapped = [flag for _, flag, varies in pairs if not varies]
+        place = self._resident.placed if has_rows else placed
+        return varying, stacked, place(same, same_mapped, self.layout)
 
     def report(self) -> dict[str, Any]:
         """Which translators were used, and how they compared with PyTorch."""
@@ -393,25 +449,6 @@ def _steps_of(random: Random, active: Tensor | None, count: int) -> jax.Array:
     """Steps of the random streams, ``[steps, num_models]``; those of models that are not active stand still."""
     ticking = 1 if active is None else to_jax(active.to(torch.int64))
     return random[1] + jnp.arange(count)[:, None] * ticking
-
-
-def _stacked_leaves(
-    batches: Sequence[Arguments], mapped: Sequence[bool], layout: Layout
-) -> tuple[tuple[bool, ...], Arrays, Arrays]:
-    """Which leaves differ between batches, those stacked along the steps, and the others."""
-    columns = [
-        [own.leaves[index] for own in batches]
-        for index, leaf in enumerate(batches[0].leaves)
-        if isinstance(leaf, Tensor)
-    ]
-    if len(batches) == 1:
-        return (True,) * len(columns), placed([column[0] for column in columns], mapped, layout), []
-    varying = tuple(any(leaf is not column[0] for leaf in column) for column in columns)
-    stacked = [torch.stack(column) for column, flag in zip(columns, varying, strict=True) if flag]
-    same = [column[0] for column, flag in zip(columns, varying, strict=True) if not flag]
-    mapped_stacked = [own for own, flag in zip(mapped, varying, strict=True) if flag]
-    mapped_same = [own for own, flag in zip(mapped, varying, strict=True) if not flag]
-    return varying, placed(stacked, mapped_stacked, layout, axis=1), placed(same, mapped_same, layout)
 
 
 def _with_part(plan: Plan | None, whole: jax.Array, part: int, values: jax.Array) -> jax.Array:

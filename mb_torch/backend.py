@@ -108,6 +108,9 @@ class Step(Protocol):
     def run(self, batches: Sequence[tuple[Any, Any]], *, shared_targets: bool) -> tuple[Tensor, Any]:
         """Run one step per batch; return losses ``[steps, num_models]`` and the last step's aux."""
 
+    def run_rows(self, inputs: Any, targets: Any, rows: Tensor, *, shared_targets: bool) -> tuple[Tensor, Any]:
+        """Run one step per entry of ``rows`` ``[steps, batch]`` on rows of a data set; results as of `run`."""
+
     def flush(self) -> None:
         """Make an update of gradients accumulated so far, if there are any."""
 

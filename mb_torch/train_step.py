@@ -112,6 +112,44 @@ class TrainStep:
         losses, aux = self._step.run(batches, shared_targets=self._targets_shared(*batches[0]))
         return self._report(losses, losses[-1], aux)
 
+    def run_rows(self, inputs: Any, targets: Any, rows: Tensor) -> Any:
+        """Train every model on batches that are rows of a data set, a whole epoch say.
+
+        On XLA the data set is copied to the device once, and all steps are one program that picks the rows.
+
+        Args:
+            inputs: The whole data set: ``[rows, ...]``, or ``[num_models, rows, ...]`` with ``shared_input=False``.
+            targets: ``[rows, ...]`` or ``[num_models, rows, ...]``.
+            rows: Which rows each step trains on: integers ``[steps, batch]``.
+
+        Returns:
+            As `run`.
+
+        Raises:
+            InvalidInput: ``rows`` is no such tensor, or there is no such row.
+
+        Example:
+            >>> from torch import nn
+            >>> from mb_torch import ModelBatch
+            >>> mb = ModelBatch([nn.Linear(4, 1) for _ in range(3)])
+            >>> step = mb.make_train_step(nn.functional.mse_loss, torch.optim.SGD(mb.parameters(), lr=0.1))
+            >>> epoch = torch.randperm(100).view(5, 20)
+            >>> step.run_rows(torch.randn(100, 4), torch.zeros(100, 1), epoch).shape
+            torch.Size([5, 3])
+        """
+        self._check(inputs)
+        count = batch_length(inputs, model_axis=not self._spec.shared_input)
+        if not isinstance(rows, Tensor) or rows.dim() != 2 or not rows.numel() or rows.is_floating_point():
+            received = f"{rows.dtype} {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+            raise InvalidInput("rows", received=received, expected="integers [steps, batch]")
+        if rows.dtype == torch.bool or count is None or int(rows.min()) < 0 or int(rows.max()) >= count:
+            raise InvalidInput(
+                "rows", received=f"{rows.dtype} from {rows.min()} to {rows.max()}", expected=f"rows below {count}"
+            )
+        shared_targets = self._targets_shared(inputs, targets)
+        losses, aux = self._step.run_rows(inputs, targets, rows, shared_targets=shared_targets)
+        return self._report(losses, losses[-1], aux)
+
     def flush(self) -> None:
         """Update with what has been accumulated so far (``accumulate > 1``), at the end of an epoch say.
 

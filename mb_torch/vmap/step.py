@@ -19,6 +19,7 @@ from mb_torch.errors import InvalidInput, Unsupported
 from mb_torch.stacked.arguments import Arguments
 from mb_torch.stacked.packing import check_loss
 from mb_torch.stacked.parts import Plan, plan_parts
+from mb_torch.stacked.rows import rows_of
 from mb_torch.stacked.step_update import Gradients, PendingGradients, check_optimizer, update_models, updates_exactly
 from mb_torch.vmap.compiled import NotCompilable
 from mb_torch.vmap.compiled_step import CompiledStep, Job, Used, trained_places
@@ -97,6 +98,11 @@ class FusedStep:
         """Run one step per batch."""
         results = [self(inputs, targets, shared_targets=shared_targets) for inputs, targets in batches]
         return torch.stack([losses for losses, _ in results]), results[-1][1]
+
+    def run_rows(self, inputs: Any, targets: Any, rows: Tensor, *, shared_targets: bool) -> tuple[Tensor, Any]:
+        """Run one step per entry of ``rows`` ``[steps, batch]``."""
+        batches = [rows_of(inputs, targets, own, self.spec.shared_input, shared_targets) for own in rows]
+        return self.run(batches, shared_targets=shared_targets)
 
     def flush(self) -> None:
         """Make an update of gradients accumulated so far, if there are any."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mb_torch import GradScaler, ModelBatch, OptimizerFactory
+from mb_torch import GradScaler, InvalidInput, ModelBatch, OptimizerFactory
 from tests.compare import assert_close, assert_different, assert_equal
 from tests.contract.base import (
     ContractBase,
@@ -87,6 +87,43 @@ class StepsContract(ContractBase):
     @counts
     def test_run_equals_single_steps(self, count: int) -> None:
         self.check_step(normed, count=count, run=True)
+
+    @pytest.mark.parametrize("steps", [1, 4])
+    @pytest.mark.parametrize("per_model", [False, True])
+    @pytest.mark.parametrize("accumulate", [1, 2])
+    def test_rows_of_a_data_set(self, steps: int, per_model: bool, accumulate: int) -> None:
+        models = build(normed, 3)
+        inputs, targets = features(rows=20), labels(rows=20)
+        if per_model:
+            inputs, targets = for_each(3, features, rows=20), for_each(3, labels, rows=20)
+        results = []
+        for by_rows in (True, False):
+            mb = self.batch(models, not per_model)
+            optimizer = sgd_for(mb)
+            step = mb.make_train_step(F.cross_entropy, optimizer, accumulate=accumulate)
+            for seed in range(2):
+                order = torch.randperm(20, generator=torch.Generator().manual_seed(seed))[: steps * 5].view(steps, 5)
+                axis = int(per_model)
+                batches_ = [(inputs.index_select(axis, own), targets.index_select(axis, own)) for own in order]
+                losses = step.run_rows(inputs, targets, order) if by_rows else step.run(batches_)
+            assert losses.shape == (steps, 3)
+            results.append((losses.detach().clone(), state_of(mb), optimizer.state_dict()))
+        assert_close(results[0], results[1])
+
+    def test_a_data_set_may_change_in_place(self) -> None:
+        mb, inputs, targets = self.batch([nn.Linear(1, 1, bias=False)] * 2), torch.ones(4, 1), torch.zeros(4, 1)
+        step = mb.make_train_step(lambda _, targets: targets.mean() + 0 * _.sum(), sgd_for(mb))
+        rows = torch.tensor([[0, 1], [2, 3]])
+        assert_equal(step.run_rows(inputs, targets, rows) + 0, torch.zeros(2, 2))
+        targets[2:] = 3.0
+        assert_equal(step.run_rows(inputs, targets, rows) + 0, torch.tensor([[0.0, 0.0], [3.0, 3.0]]))
+
+    @pytest.mark.parametrize("rows", [torch.tensor([0, 1]), torch.tensor([[0.0]]), torch.tensor([[20]]), [[1]]])
+    def test_rows_that_are_not_there(self, rows: Any) -> None:
+        mb = self.batch(build(mlp, 2))
+        step = mb.make_train_step(F.cross_entropy, sgd_for(mb))
+        with pytest.raises(InvalidInput, match="rows"):
+            step.run_rows(features(rows=20), labels(rows=20), rows)
 
     @pytest.mark.parametrize("size", [1, 2, 3, 4])
     @pytest.mark.parametrize("per_model", [False, True])
