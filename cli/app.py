@@ -13,6 +13,7 @@ from rich.console import Console
 import mb_torch
 from cli.datasets import DataName
 from cli.demo import Settings, run_demo
+from cli.doctor import doctor as run_doctor
 from cli.errors import CommandError
 from cli.models import ModelName
 
@@ -115,3 +116,10 @@ def _require_compiler() -> None:
             f"--compile needs the C++ compiler {compiler!r}, which is not installed. "
             "Install one, name one in $CXX, or leave --compile out."
         )
+
+
+@app.command()
+def doctor() -> None:
+    """Say which backends work here, and whether their versions are those that were tested."""
+    if not run_doctor(Console()):
+        raise typer.Exit(1)

@@ -88,6 +88,11 @@ class JaxOptimizer(StackedOptimizer):
         """The class of torch.optim whose updates these are."""
         return next(cls for cls, rule in RULES.items() if rule is self.rule)
 
+    def _current_storage(self) -> list[tuple[int, torch.dtype, torch.device]]:
+        # Without a look at the values, and without asking every mirror whether it minds.
+        with torch._C.DisableTorchFunctionSubclass():
+            return super()._current_storage()
+
     def plan(self, present: Sequence[bool]) -> UpdatePlan:
         """How an update of the stacks for which ``present`` holds runs, with the groups as they are."""
         self.follow_stacks()
@@ -107,8 +112,9 @@ class JaxOptimizer(StackedOptimizer):
         return self._compilables[key]  # type: ignore[return-value]
 
     def _coefficients(self, counters: Sequence[Any], active: Tensor | None) -> tuple[list[Any], dict[str, Any]]:
-        """Counters after one more step, and the step's numbers."""
-        hyper = self._read_groups()
+        """Counters after one more step, and the step's numbers, from the groups as `plan` has read them."""
+        hyper = self._hyper
+        assert hyper is not None
         ticked, numbers = next_step(self.rule, counters, hyper.values, hyper.flags, active)
         flags = _general(hyper.flags)
         if flags.get("shrink"):

@@ -205,13 +205,19 @@ def surroundings() -> Hashable:
     return torch.get_default_dtype(), autocast and torch.get_autocast_dtype("cpu")
 
 
-_PLAIN = (bool, int, float, str, bytes, type(None))
+_PLAIN = frozenset((bool, int, float, str, bytes, tuple, type(None)))
 
 
 def settings(modules: Sequence[nn.Module]) -> Hashable:
     """Flags and plain settings of modules, training mode included."""
+    # A step does this for every submodule, so no function is called for each value. Tuples may hold anything.
     return tuple(
-        [value for module in modules for value in vars(module).values() if isinstance(value, (*_PLAIN, tuple))]
+        [
+            repr(value) if value.__class__ is tuple else value
+            for module in modules
+            for value in vars(module).values()
+            if value.__class__ in _PLAIN
+        ]
     )
 
 
