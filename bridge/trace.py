@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -45,7 +46,7 @@ class Traced(NamedTuple):
         unchanged: For each output, the input it is (a copy of), or None.
         reached: For each output, the inputs that gradients flow to from it.
         dtypes: The dtype of each output.
-        text: The graph as text; equal texts compute the same from inputs of equal shapes and dtypes.
+        text: A digest of the graph; equal ones compute the same from inputs of equal shapes and dtypes.
     """
 
     graph: fx.Graph
@@ -121,7 +122,8 @@ def trace(function: TensorFunction, inputs: Sequence[Tensor], modules: Sequence[
     constants = {node.target: getattr(module, node.target).detach() for node in nodes if node.op == "get_attr"}
     draws = any(node.op == "call_function" and is_random(node.target) for node in nodes)
     dtypes = [result.meta["val"].dtype for result in nodes[-1].args[0]]
-    text = f"{module.graph}{[(name, _digest(value)) for name, value in constants.items()]}"
+    described = f"{module.graph}{[(name, _digest(value)) for name, value in constants.items()]}"
+    text = hashlib.sha256(described.encode()).hexdigest()
     return Traced(module.graph, constants, draws, _unchanged(module.graph), _reached(module.graph), dtypes, text)
 
 
@@ -136,6 +138,11 @@ def _recorded(function: Callable[..., Any], fakes: Sequence[Tensor]) -> fx.Graph
     # that look whether a tensor does.
     fakes = [fake.detach() for fake in fakes]
     return _record(_record(function, fakes), fakes)
+
+
+def _without_checkpoint(*_: Any, **__: Any) -> Iterator[None]:
+    """Take the place of a generator that prepares a function's call, and ends after it."""
+    yield
 
 
 def _record(function: Callable[..., Any], fakes: Sequence[Tensor]) -> fx.GraphModule:
@@ -232,7 +239,13 @@ def changes_first_argument(func: Callable[..., Any]) -> bool:
 
 @contextmanager
 def without_fast_paths() -> Iterator[None]:
-    """Within the block PyTorch uses no fused kernels: they have no lowering, those for inference no derivative."""
+    """Within the block PyTorch takes no short cuts.
+
+    Fused kernels have no lowering, those for inference not even a derivative; checkpoints would run a part of the
+    model again in the backward pass, when it has no parameters any more (XLA decides itself what to keep).
+    """
+    checkpoints = torch.utils.checkpoint._checkpoint_without_reentrant_generator
+    torch.utils.checkpoint._checkpoint_without_reentrant_generator = _without_checkpoint
     attention, onednn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
     detect = transformer._detect_is_causal_mask
     # It looks at a mask's values, only to choose a faster kernel for causal ones.
@@ -245,6 +258,7 @@ def without_fast_paths() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(attention)
         torch._C._set_mkldnn_enabled(onednn)
         transformer._detect_is_causal_mask = detect
+        torch.utils.checkpoint._checkpoint_without_reentrant_generator = checkpoints
 
 
 def _unchanged(graph: fx.Graph) -> list[int | None]:

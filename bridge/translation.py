@@ -25,7 +25,8 @@ class Translation:
         draws: Whether it draws random numbers.
         unchanged: For each output, the position of the input that it is a copy of, or None.
         reached: For each output, the positions of the inputs that gradients flow to from it.
-        text: What is computed, as text; equal texts compute the same from inputs of equal shapes and dtypes.
+        text: A digest of what is computed; equal ones compute the same from inputs of equal shapes and dtypes.
+            Empty where there is none.
     """
 
     translator: str

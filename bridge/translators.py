@@ -92,7 +92,11 @@ def _comparison(
     inputs: Sequence[Tensor],
     modules: Sequence[nn.Module],
 ) -> Comparison:
-    key = (translator.name, translation.text, tuple((tensor.shape, tensor.dtype) for tensor in inputs))
+    key = (
+        translator.name,
+        translation.text,
+        tuple((tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in inputs),
+    )
     if not translation.text or key not in _compared:
         _compared[key] = compare(translator, function, inputs, modules)
     return _compared[key]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
@@ -140,16 +141,21 @@ class ModelProgram:
         return outputs[: self.num_results], [outputs[self.num_results + position] for position in self.changed]
 
 
-_compiled: dict[Hashable, Any] = {}
+_PROGRAMS_KEPT = 512
+
+_compiled: OrderedDict[Hashable, Any] = OrderedDict()
 
 
 def shared(key: Hashable, make: Callable[[], T]) -> T:
-    """What ``make`` returns, made once in a process for each key.
+    """What ``make`` returns, made once in a process for each key; the longest unused ones are forgotten.
 
     Batches of equal models (a selection, a copy, the next pack of a sweep) share their programs.
     """
     if key not in _compiled:
         _compiled[key] = make()
+        if len(_compiled) > _PROGRAMS_KEPT:
+            _compiled.popitem(last=False)
+    _compiled.move_to_end(key)
     return _compiled[key]
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from mb_torch import InvalidInput, ModelBatch, OptimizerFactory, Unsupported
 from tests.compare import assert_close, assert_equal
@@ -24,6 +25,7 @@ from tests.contract.base import (
     mlp,
     normed,
     plain_gradients,
+    plain_sgd,
     sgd_for,
     state_of,
 )
@@ -220,6 +222,88 @@ class TestDonation:
         for model in models:
             classify(model, (features(), labels())).backward()
         assert_close(gradients(mb), plain_gradients(models))
+
+
+class StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * 0.5
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.register_buffer("mean", torch.zeros(4))
+
+
+class OwnGradient(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return StraightThrough.apply(self.linear(x)) * self.linear.bias
+
+
+class InPlace(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(x)
+        out = torch.zeros_like(h)
+        out[:, ::2] = h[:, ::2] * 2
+        out[:, 1] = x[:, 0]
+        h.add_(1)
+        return out + h.relu_()
+
+
+class ReplacesBuffer(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = self.mean * 0.9 + x.mean(0)
+        self.last = x.sum()
+        return self.linear(x - self.mean)
+
+
+class MixedPrecision(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).double().softmax(-1).float()
+
+
+class Checkpointed(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.linear, x, use_reentrant=False)
+
+
+class FrozenPart(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale = self.linear(x).exp()
+            self.mean.lerp_(x.mean(0), 0.1)
+        return self.linear(x) * scale + scale.detach()
+
+
+@pytest.mark.parametrize("make", [OwnGradient, InPlace, ReplacesBuffer, MixedPrecision, Checkpointed, FrozenPart])
+def test_unusual_models_train_as_they_do_alone(make: Callable[[], nn.Module]) -> None:
+    models = build(make, 3)
+    mb = ModelBatch(models, backend="jax")
+    train(mb, sgd_for(mb), batches(3))
+    train_alone(models, batches(3), classify, plain_sgd)
+    assert_close([dict(state) for state in mb.get_model_states()], [dict(model.state_dict()) for model in models])
+
+
+class ScaledUnseen(Layer):
+    """PyTorch does not differentiate the doubling; the recorded graph would."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.linear.weight * 1.0
+        with torch.no_grad():
+            weight.mul_(2)
+        return x @ weight.T
+
+
+def test_what_differs_from_pytorch_is_not_used() -> None:
+    mb = ModelBatch(build(ScaledUnseen, 2), backend="jax", backend_options={"translator": "graph"})
+    with pytest.raises(Unsupported, match="differs from PyTorch by .* in gradient"):
+        mb(features())
 
 
 class Item(nn.Module):
