@@ -27,6 +27,7 @@ class Translation:
         reached: For each output, the positions of the inputs that gradients flow to from it.
         text: A digest of what is computed; equal ones compute the same from inputs of equal shapes and dtypes.
             Empty where there is none.
+        captured: Tensors that the function took from elsewhere, whose values are part of what is computed.
     """
 
     translator: str
@@ -36,6 +37,7 @@ class Translation:
     unchanged: tuple[int | None, ...]
     reached: tuple[frozenset[int], ...]
     text: str
+    captured: tuple[Tensor, ...] = ()
 
 
 class Translator(Protocol):

@@ -52,4 +52,5 @@ class GraphTranslator:
             tuple(traced.unchanged),
             tuple(traced.reached),
             traced.text,
+            tuple(traced.constants.values()),
         )

@@ -136,7 +136,8 @@ class JaxBackend:
 
     def _forward(self, arguments: Arguments, num_models: int, layout: Layout) -> _Forward:
         key = (signature(arguments), num_models, layout, settings(self.modules), surroundings(), self.trainable())
-        if key not in self._forwards:
+        known = self._forwards.get(key)
+        if known is None or not known.program.is_current():
             program = ModelProgram(
                 [self.definition],
                 _call_model,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
@@ -82,6 +84,7 @@ class ModelProgram:
             verify=verify,
         )
         translation = self.checked.translation
+        self._captured = [(tensor, tensor._version) for tensor in translation.captured if not tensor.is_inference()]
         self.num_results = len(translation.dtypes) - self.num_tensors
         forms = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
         # Equal keys compute the same; what has no text is like nothing else.
@@ -107,6 +110,10 @@ class ModelProgram:
             for position, tensor in enumerate(tensors_)
         ]
         return [*results, *after]
+
+    def is_current(self) -> bool:
+        """Whether the tensors that the function took from elsewhere have the values that it was translated with."""
+        return all(tensor._version == version for tensor, version in self._captured)
 
     def report(self) -> dict[str, Any]:
         """Which translator was used, and the largest difference from PyTorch that was seen."""
@@ -211,18 +218,19 @@ def surroundings() -> Hashable:
     return torch.get_default_dtype(), autocast and torch.get_autocast_dtype("cpu")
 
 
-_PLAIN = frozenset((bool, int, float, str, bytes, tuple, type(None)))
+_PLAIN = frozenset((bool, int, float, str, bytes, type(None)))
+_SETTINGS = _PLAIN | {tuple, Tensor}
 
 
 def settings(modules: Sequence[nn.Module]) -> Hashable:
-    """Flags and plain settings of modules, training mode included."""
+    """Flags and plain settings of modules, training mode included; of tensors in plain attributes, which they are."""
     # A step does this for every submodule, so no function is called for each value. Tuples may hold anything.
     return tuple(
         [
-            repr(value) if value.__class__ is tuple else value
+            value if value.__class__ in _PLAIN else repr(value) if value.__class__ is tuple else id(value)
             for module in modules
             for value in vars(module).values()
-            if value.__class__ in _PLAIN
+            if value.__class__ in _SETTINGS
         ]
     )
 
@@ -236,13 +244,25 @@ def _constant(leaf: Any) -> Hashable:
 
 
 def settings_of_callable(function: Callable[..., Any]) -> Hashable:
-    """Plain values that a function has caught: its closure, defaults and attributes, those of a module included."""
+    """Values that a function has caught: closure, defaults, attributes, those of its object or module included."""
     function = getattr(function, "plain_loss", function)
     if isinstance(function, nn.Module):
-        return settings(list(function.modules()))
+        tensors = [*function.parameters(), *function.buffers()]
+        return settings(list(function.modules())), tuple(map(id, tensors))
+    if isinstance(function, functools.partial):
+        given = (*function.args, *function.keywords.values())
+        return settings_of_callable(function.func), tuple(map(_caught, given))
     cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_filled(cell)]
-    caught = [*cells, *(getattr(function, "__defaults__", None) or ())]
-    return tuple([_constant(value) for value in caught])
+    defaults = (*(getattr(function, "__defaults__", None) or ()), *(getattr(function, "__kwdefaults__", None) or ()))
+    owner = getattr(function, "__self__", None if isinstance(function, types.FunctionType) else function)
+    attributes = getattr(owner, "__dict__", {}).values() if not isinstance(owner, types.ModuleType) else ()
+    return tuple([_caught(value) for value in (*cells, *defaults, *attributes)])
+
+
+def _caught(value: Any) -> Hashable:
+    if isinstance(value, (nn.Module, types.FunctionType)):
+        return settings_of_callable(value)
+    return id(value) if isinstance(value, Tensor) else _constant(value)
 
 
 def _is_filled(cell: Any) -> bool:

@@ -160,9 +160,12 @@ class FusedStep:
             settings_of_callable(self.spec.loss_fn),
             surroundings(),
         )
-        if key not in self._programs:
-            self._programs[key] = self._translated(arguments)
-        return self._programs[key]
+        known = self._programs.get(key)
+        if known is None or not known.program.is_current():
+            known = self._programs[key] = self._translated(arguments)
+            # What is derived from programs is known by their ids, and one may have gone.
+            self._trainers, self._present = {}, {}
+        return known
 
     def _translated(self, arguments: Arguments) -> StepProgram:
         options = self.backends[0].options

@@ -165,6 +165,51 @@ class TestCompiles:
         factor = 2.0
         assert step(*batch).tolist() == [2.0, 2.0]
 
+    def test_tensors_that_a_loss_or_model_has_caught_are_live(self) -> None:
+        class Scaled(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.linear = nn.Linear(1, 1, bias=False)
+                self.factor = torch.ones(())
+
+            def forward(self, x: Tensor) -> Tensor:
+                return 0 * self.linear(x) + self.factor
+
+        mb = ModelBatch([Scaled() for _ in range(2)], backend="jax")
+        offset = torch.zeros(())
+
+        class Loss:
+            def __init__(self) -> None:
+                self.scale = torch.ones(())
+
+            def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+                return outputs.mean() * self.scale + offset + targets.mean()
+
+        loss = Loss()
+        step = mb.make_train_step(loss, sgd_for(mb))
+        batch = torch.ones(3, 1), torch.zeros(3, 1)
+        assert step(*batch).tolist() == [1.0, 1.0]
+        offset.fill_(10.0)
+        assert step(*batch).tolist() == [11.0, 11.0]
+        loss.scale = torch.tensor(2.0)
+        assert step(*batch).tolist() == [12.0, 12.0]
+        mb.prototype.factor.mul_(3)
+        assert step(*batch).tolist() == [16.0, 16.0]
+        assert mb(batch[0]).unique().tolist() == [3.0]
+        mb.prototype.factor.add_(1)
+        assert mb(batch[0]).unique().tolist() == [4.0]
+
+    def test_outputs_may_be_changed_in_place(self) -> None:
+        grads = []
+        for change in (False, True):
+            mb = ModelBatch(build(lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh()), 2), backend="jax")
+            outputs = mb(features())
+            if change:
+                outputs.detach().mul_(100)
+            outputs.sum().backward()
+            grads.append(gradients(mb))
+        assert_equal(grads[1], grads[0])
+
     def test_compile_time_is_logged_once(self, caplog: pytest.LogCaptureFixture) -> None:
         mb = ModelBatch(build(mlp, 9), backend="jax")
         with caplog.at_level(logging.INFO, logger="modelbatch.jax"), torch.no_grad():
