@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from bridge.arrays import to_jax, to_torch
 from bridge.dtypes import torch_dtypes
+from bridge.keys import constant_key, surroundings
 from bridge.translators import translate_function
 from mb_torch.errors import InvalidInput, ModelBatchError, Unsupported
 
@@ -99,7 +100,7 @@ class Arguments:
     def key(self, *, per_model: bool) -> Hashable:
         """What a program of one model is specialised on: shapes, dtypes, and every value that is no array."""
         arrays = tuple((array.shape[1:] if per_model else array.shape, array.dtype) for array in self.arrays)
-        return self.form.structure, arrays, tuple(_constant(leaf) for leaf in self.form.leaves)
+        return self.form.structure, arrays, tuple(constant_key(leaf) for leaf in self.form.leaves)
 
     def check_model_axis(self, num_models: int) -> None:
         """Raise `InvalidInput` unless all arrays have a leading model axis."""
@@ -153,7 +154,7 @@ class Calls:
             state: Makes one model's state; see `example` for its argument.
             per_model: Whether the arguments' arrays have a leading model axis.
         """
-        key = (settings, arguments.key(per_model=per_model), _surroundings())
+        key = (settings, arguments.key(per_model=per_model), surroundings())
         if key not in self._programs:
             # The translation itself is computed at once, also where JAX is tracing the call.
             with jax.ensure_compile_time_eval(), torch_dtypes():
@@ -380,30 +381,3 @@ def has_64_bits() -> bool:
         True
     """
     return jax.dtypes.canonicalize_dtype(np.int64) == np.int64
-
-
-class _Same:
-    """Equal to what holds the same object; for objects without a hash."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.value is self.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-
-def _constant(leaf: Any) -> Hashable:
-    try:
-        hash(leaf)
-    except TypeError:
-        return _Same(leaf)
-    return type(leaf), leaf
-
-
-def _surroundings() -> Hashable:
-    """Settings of PyTorch that change what functions do."""
-    autocast = torch.is_autocast_enabled("cpu")
-    return torch.get_default_dtype(), autocast and torch.get_autocast_dtype("cpu")

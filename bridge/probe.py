@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from bridge.arrays import to_jax
 from bridge.denied import denial
 from bridge.dtypes import as_jax_dtype, torch_dtypes
+from bridge.trace import without_fast_paths
 from bridge.translation import TensorFunction, Translation
 from mb_torch.errors import ModelBatchError, Unsupported
 
@@ -149,19 +150,6 @@ def _run_in_torch(
         # Copies: the function may change its inputs in place.
         outputs = [_Output(output.shape, output.dtype) for output in function([leaf.clone() for leaf in leaves])]
     return outputs, draws()
-
-
-@contextmanager
-def without_fast_paths() -> Iterator[None]:
-    """Within the block PyTorch runs no fused kernels, which have no counterpart in JAX."""
-    attention, onednn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(attention)
-        torch._C._set_mkldnn_enabled(onednn)
 
 
 def constant(tensor: Tensor) -> jax.Array:

@@ -16,7 +16,8 @@ import jax
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from bridge.probe import constant, translate_by_running, without_fast_paths
+from bridge.probe import constant, translate_by_running
+from bridge.trace import without_fast_paths
 from bridge.translation import TensorFunction, Translation
 from mb_torch.errors import Unsupported
 

@@ -19,8 +19,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from bridge.probe import constant, translate_by_running, without_fast_paths
+from bridge.probe import constant, translate_by_running
 from bridge.torchax_import import DEVICE, Torchax, device_module, torchax
+from bridge.trace import without_fast_paths
 from bridge.translation import TensorFunction, Translation
 from mb_torch.errors import Unsupported
 

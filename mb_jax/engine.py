@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from bridge.arrays import to_jax
 from bridge.autograd import CompiledFunction, Outputs
 from bridge.dtypes import torch_dtypes
+from bridge.keys import surroundings
 from mb_jax.compile_log import CompileLog, logger
 from mb_jax.convolution import convolution_form
 from mb_jax.mirror import MirrorBuffer, MirrorParameter, as_mirrors
 from mb_jax.optim import JaxOptimizer, MirrorStack, arrays_of, keep
 from mb_jax.options import JaxOptions
-from mb_jax.programs import ModelProgram, over_models, part_of, settings, shared, signature, surroundings
+from mb_jax.programs import ModelProgram, over_models, part_of, settings, shared, signature
 from mb_jax.rng import Random, random_state
 from mb_jax.sharding import EVERYWHERE, ONE_DEVICE, Layout, along, layout_for, placed
 from mb_jax.start import announce, installed_versions, prepare, untested_versions, use_cache

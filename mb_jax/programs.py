@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import torch
 from torch import Tensor, nn
 
+from bridge.keys import Same, constant_key
 from bridge.translators import Checked, translate_function
 from mb_jax.rng import key_of
 from mb_torch.stacked.arguments import Arguments
@@ -206,16 +207,10 @@ def signature(arguments: Arguments) -> Hashable:
     return (
         tuple(arguments.structures),
         tuple(
-            (leaf.shape, leaf.dtype, mapped, leaf.requires_grad) if isinstance(leaf, Tensor) else _constant(leaf)
+            (leaf.shape, leaf.dtype, mapped, leaf.requires_grad) if isinstance(leaf, Tensor) else constant_key(leaf)
             for leaf, mapped in zip(arguments.leaves, arguments.mapped, strict=True)
         ),
     )
-
-
-def surroundings() -> Hashable:
-    """Settings of PyTorch that change what functions do."""
-    autocast = torch.is_autocast_enabled("cpu")
-    return torch.get_default_dtype(), autocast and torch.get_autocast_dtype("cpu")
 
 
 _PLAIN = frozenset((bool, int, float, str, bytes, type(None)))
@@ -227,7 +222,7 @@ def settings(modules: Sequence[nn.Module]) -> Hashable:
     # A step does this for every submodule, so no function is called for each value. Tuples may hold anything.
     return tuple(
         [
-            value if value.__class__ in _PLAIN else repr(value) if value.__class__ is tuple else id(value)
+            value if value.__class__ in _PLAIN else repr(value) if value.__class__ is tuple else Same(value)
             for module in modules
             for value in vars(module).values()
             if value.__class__ in _SETTINGS
@@ -235,34 +230,33 @@ def settings(modules: Sequence[nn.Module]) -> Hashable:
     )
 
 
-def _constant(leaf: Any) -> Hashable:
-    try:
-        hash(leaf)
-    except TypeError:
-        return id(leaf)
-    return type(leaf), leaf
+def settings_of_callable(function: Callable[..., Any], seen: frozenset[int] = frozenset()) -> Hashable:
+    """Values that a function has caught: closure, defaults, attributes, those of its object or module included.
 
-
-def settings_of_callable(function: Callable[..., Any]) -> Hashable:
-    """Values that a function has caught: closure, defaults, attributes, those of its object or module included."""
+    Args:
+        function: A function, module, bound method, partial or callable object.
+        seen: Functions that are being looked at: a recursive one has caught itself.
+    """
     function = getattr(function, "plain_loss", function)
+    seen = seen | {id(function)}
     if isinstance(function, nn.Module):
         tensors = [*function.parameters(), *function.buffers()]
-        return settings(list(function.modules())), tuple(map(id, tensors))
+        return settings(list(function.modules())), tuple(map(Same, tensors))
     if isinstance(function, functools.partial):
         given = (*function.args, *function.keywords.values())
-        return settings_of_callable(function.func), tuple(map(_caught, given))
+        return settings_of_callable(function.func, seen), tuple(_caught(value, seen) for value in given)
     cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_filled(cell)]
-    defaults = (*(getattr(function, "__defaults__", None) or ()), *(getattr(function, "__kwdefaults__", None) or ()))
+    defaults = getattr(function, "__defaults__", None) or ()
+    by_name = (getattr(function, "__kwdefaults__", None) or {}).values()
     owner = getattr(function, "__self__", None if isinstance(function, types.FunctionType) else function)
     attributes = getattr(owner, "__dict__", {}).values() if not isinstance(owner, types.ModuleType) else ()
-    return tuple([_caught(value) for value in (*cells, *defaults, *attributes)])
+    return tuple([_caught(value, seen) for value in (*cells, *defaults, *by_name, *attributes)])
 
 
-def _caught(value: Any) -> Hashable:
-    if isinstance(value, (nn.Module, types.FunctionType)):
-        return settings_of_callable(value)
-    return id(value) if isinstance(value, Tensor) else _constant(value)
+def _caught(value: Any, seen: frozenset[int]) -> Hashable:
+    if isinstance(value, (nn.Module, types.FunctionType, functools.partial)) and id(value) not in seen:
+        return settings_of_callable(value, seen)
+    return Same(value) if isinstance(value, Tensor) else constant_key(value)
 
 
 def _is_filled(cell: Any) -> bool:

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from bridge.arrays import to_jax, to_torch, torch_dtype_of
 from bridge.dtypes import torch_dtypes
+from bridge.keys import surroundings
 from mb_jax.convolution import convolution_form
 from mb_jax.mirror import MirrorBuffer
 from mb_jax.optim import JaxOptimizer, arrays_of, keep
@@ -28,7 +29,6 @@ from mb_jax.programs import (
     settings,
     settings_of_callable,
     signature,
-    surroundings,
 )
 from mb_jax.resident import ResidentData
 from mb_jax.rng import Random, random_state

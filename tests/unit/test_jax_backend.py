@@ -199,6 +199,15 @@ class TestCompiles:
         mb.prototype.factor.add_(1)
         assert mb(batch[0]).unique().tolist() == [4.0]
 
+    def test_a_loss_may_be_recursive(self) -> None:
+        def power(x: Tensor, exponent: int) -> Tensor:
+            return x if exponent == 1 else x * power(x, exponent - 1)
+
+        mb = ModelBatch([nn.Linear(1, 1, bias=False) for _ in range(2)], backend="jax")
+        step = mb.make_train_step(lambda outputs, targets: power(outputs + targets, 3).mean(), sgd_for(mb))
+        weights = [model.weight.item() for model in (mb.model(0), mb.model(1))]
+        assert_close(step(torch.ones(3, 1), torch.zeros(3, 1)) + 0, torch.tensor(weights) ** 3)
+
     def test_outputs_may_be_changed_in_place(self) -> None:
         grads = []
         for change in (False, True):
