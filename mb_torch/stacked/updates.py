@@ -16,6 +16,7 @@ themselves are in `mb_torch.stacked.update_rules`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from mb_torch.stacked.buckets import Bucket, Value, choose, spread
 
 
-class Rule:
+class Rule(ABC):
     """One optimizer's update.
 
     Class attributes:
@@ -79,15 +80,15 @@ class Rule:
         """Counters after one more step."""
         return [clock[0] + 1.0]
 
+    @abstractmethod
     def coefficients(
         self, clock: Sequence[Value], hyper: Mapping[str, Value], flags: Mapping[str, bool]
     ) -> dict[str, Any]:
         """The numbers an update needs, from the advanced counters."""
-        raise NotImplementedError
 
+    @abstractmethod
     def update(self, bucket: Bucket, numbers: Mapping[str, Any], flags: Mapping[str, bool]) -> None:
         """Change the parameters and the state of a bucket."""
-        raise NotImplementedError
 
     def update_by_kernel(
         self, bucket: Bucket, clock: Sequence[Value], hyper: Mapping[str, Any], flags: Mapping[str, bool]
