@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules import batchnorm
 from torch.utils.checkpoint import CheckpointFunction
 
+from bridge.ops.adaptive_softmax import dense_forward, dense_predict
 from bridge.ops.functions import record_function
+
+_AdaptiveSoftmax = nn.AdaptiveLogSoftmaxWithLoss
 
 
 @contextmanager
@@ -22,6 +25,8 @@ def recordable() -> Iterator[None]:
         (batchnorm._BatchNorm, "forward", _batch_norm_forward(batchnorm._BatchNorm.forward)),
         (F, "_no_grad_embedding_renorm_", _embedding_renorm),
         (nn.CrossMapLRN2d, "forward", _cross_map_norm),
+        (_AdaptiveSoftmax, "forward", dense_forward(_AdaptiveSoftmax.forward)),
+        (_AdaptiveSoftmax, "predict", dense_predict),
         (torch.autograd.Function, "apply", classmethod(_apply(vars(torch.autograd.Function)["apply"].__func__))),
     ]
     before = [vars(owner)[name] for owner, name, _ in replaced]

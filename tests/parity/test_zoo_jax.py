@@ -26,7 +26,6 @@ REFUSED = {
     "branch_on_value": "BranchOnValue",
     "boolean_selection": "BooleanSelection",
     "records_item": "RecordsItem",
-    "adaptive_softmax": "AdaptiveLogSoftmaxWithLoss",
     "lstm_packed_input": "LSTM",
     "lstm_packed_inside": "PackedClassifier",
     "gru_packed_inside": "PackedClassifier",
