@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from bridge.arrays import to_jax, to_torch
+from bridge.by_value import NOTHING, ByValue, Knowable
 from bridge.dtypes import torch_dtypes
 from bridge.keys import constant_key, surroundings
 from bridge.translators import translate_function
@@ -102,6 +104,25 @@ class Arguments:
         arrays = tuple((array.shape[1:] if per_model else array.shape, array.dtype) for array in self.arrays)
         return self.form.structure, arrays, tuple(constant_key(leaf) for leaf in self.form.leaves)
 
+    def knowable(self, *, per_model: bool, tried: Sequence[int] | None) -> Knowable:
+        """Which of the arrays a program may be made for the values of: integers that have values."""
+        places = tuple(
+            place
+            for place, array in enumerate(self.arrays)
+            if array.dtype in (np.int32, np.int64) and not isinstance(array, jax.core.Tracer)
+        )
+        own = tuple(tried) if tried is not None else None
+        return Knowable(() if per_model else places, places if per_model else (), own)
+
+    def check_values(self, places: Sequence[int]) -> None:
+        """Raise `Unsupported` unless these arrays have values, which those of a function inside ``jax.jit`` lack."""
+        for place in places:
+            if isinstance(self.arrays[place], jax.core.Tracer):
+                raise Unsupported(
+                    f"array {place} of the arguments has no value inside jax.jit, and a torch function looks at it",
+                    fix="Pass it as a NumPy array that the jitted function has caught, or call outside of jax.jit.",
+                )
+
     def check_model_axis(self, num_models: int) -> None:
         """Raise `InvalidInput` unless all arrays have a leading model axis."""
         for array in self.arrays:
@@ -134,7 +155,7 @@ class Calls:
         self._verify = verify
         self._convolution = convolution
         self._differentiable = differentiable
-        self._programs: dict[Hashable, Program] = {}
+        self._programs: ByValue[Program] = ByValue()
 
     def program(
         self,
@@ -155,11 +176,15 @@ class Calls:
             per_model: Whether the arguments' arrays have a leading model axis.
         """
         key = (settings, arguments.key(per_model=per_model), surroundings())
-        if key not in self._programs:
+        tried = self._programs.places(key)
+        arguments.check_values(tried or ())
+        program = self._programs.get(key, arguments.arrays)
+        if program is None:
             # The translation itself is computed at once, also where JAX is tracing the call.
             with jax.ensure_compile_time_eval(), torch_dtypes():
-                self._programs[key] = self._translated(arguments, prepare, state, per_model)
-        return self._programs[key]
+                program = self._translated(arguments, prepare, state, per_model, tried)
+            self._programs.put(key, program.by_value, arguments.arrays, program)
+        return program
 
     def _translated(
         self,
@@ -167,6 +192,7 @@ class Calls:
         prepare: Callable[[], tuple[Body, Sequence[nn.Module]]],
         state: Callable[[bool], list[Tensor]],
         per_model: bool,
+        tried: Sequence[int] | None,
     ) -> Program:
         body, modules = prepare()
 
@@ -187,6 +213,7 @@ class Calls:
                 translator=self._translator,
                 verify=self._verify,
                 convolution=self._convolution,
+                knowable=arguments.knowable(per_model=per_model, tried=tried),
             )
 
         try:
@@ -199,7 +226,7 @@ class Calls:
 
     def reports(self) -> list[Report]:
         """One report for each form of the arguments so far."""
-        return [program.report for program in self._programs.values()]
+        return [program.report for program in self._programs.entries()]
 
 
 def example(array: jax.Array, seed: int, *, signed: bool, first_of_many: bool = False) -> Tensor:
@@ -236,9 +263,11 @@ class Program:
         translator: See `Calls`.
         verify: See `Calls`.
         convolution: See `Calls`.
+        knowable: Arrays of the arguments whose values the program may be made for.
 
     Attributes:
         changed: Positions of the state's tensors that the function changes.
+        by_value: Arrays of the arguments whose values it was made for.
         report: How the translation compared.
     """
 
@@ -253,6 +282,7 @@ class Program:
         translator: str,
         verify: bool,
         convolution: str,
+        knowable: Knowable = NOTHING,
     ) -> None:
         self._packing: tuple[Any, list[Any]] | None = None
         count = len(state)
@@ -267,8 +297,11 @@ class Program:
             return [*(leaf for leaf in leaves if isinstance(leaf, Tensor)), *after]
 
         inputs = [*state, *given]
-        translation, comparison = translate_function(flat, inputs, modules, translator=translator, verify=verify)
+        translation, comparison = translate_function(
+            flat, inputs, modules, translator=translator, verify=verify, knowable=knowable.after(count)
+        )
         self._translation = translation
+        self.by_value = [place - count for place in translation.known or ()]
         self._convolution = convolution
         self._num_results = len(translation.dtypes) - count
         after = translation.unchanged[self._num_results :]
@@ -364,11 +397,13 @@ def _checked(leaf: Any) -> Any:
 def _as_array(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return to_jax(leaf)
-    if isinstance(leaf, (np.ndarray, np.generic)):
-        leaf = jnp.asarray(leaf)
-    if isinstance(leaf, jax.Array) and leaf.dtype == np.int32 and not has_64_bits():
-        with torch_dtypes():
-            return leaf.astype(np.int64)
+    # What has values keeps them inside `jax.jit` too: a program may be made for them.
+    with nullcontext() if isinstance(leaf, jax.core.Tracer) else jax.ensure_compile_time_eval():
+        if isinstance(leaf, (np.ndarray, np.generic)):
+            leaf = jnp.asarray(leaf)
+        if isinstance(leaf, jax.Array) and leaf.dtype == np.int32 and not has_64_bits():
+            with torch_dtypes():
+                return leaf.astype(np.int64)
     return leaf
 
 

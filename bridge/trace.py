@@ -35,6 +35,21 @@ from bridge.translation import TensorFunction
 from bridge.where import running_module
 from mb_torch.errors import ModelBatchError, Unsupported
 
+_REMEDY = "Write it with operations whose shapes do not depend on values (torch.where, masks), or use backend='torch'."
+
+
+class LooksAtValues(Unsupported):
+    """A function cannot be recorded because it looks at values.
+
+    Args:
+        what: Which submodule does what.
+        fix: What to do about it.
+    """
+
+    def __init__(self, what: str, fix: str = _REMEDY) -> None:
+        super().__init__(what, fix=fix)
+        self.what = what
+
 
 class Traced(NamedTuple):
     """A function as a graph.
@@ -76,8 +91,9 @@ def trace(function: TensorFunction, inputs: Sequence[Tensor], modules: Sequence[
         The graph, without in-place operations and views.
 
     Raises:
-        Unsupported: The function looks at values (``.item()``, ``if tensor:``, boolean selection) or does what cannot
-            be recorded; the error names the innermost submodule.
+        LooksAtValues: The function looks at values (``.item()``, ``if tensor:``, boolean selection); the error names
+            the innermost submodule.
+        Unsupported: It does something else that cannot be recorded.
 
     Example:
         >>> traced = trace(lambda inputs: [inputs[0].relu().add_(1)], [torch.zeros(3)])
@@ -165,17 +181,15 @@ def _fake(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
     return empty.requires_grad_(tensor.requires_grad)
 
 
-_REMEDY = "Write it with operations whose shapes do not depend on values (torch.where, masks), or use backend='torch'."
-
-
-def _looks_at_values(error: Exception, where: str) -> Unsupported:
+def _looks_at_values(error: Exception, where: str) -> LooksAtValues:
     operation = getattr(error, "func", None)
     what = (
         "the shape of a result depends on values"
         if isinstance(error, DynamicOutputShapeException)
         else "a tensor's value is looked at (.item(), .tolist(), a Python condition)"
     )
-    return Unsupported(f"{where}: {what}, in {operation}", fix=_REMEDY)
+    name = operation if isinstance(operation, torch._ops.OpOverload) else getattr(operation, "__name__", operation)
+    return LooksAtValues(f"{where}: {what}, in {name}")
 
 
 # While recording, memory holds nothing.
@@ -197,8 +211,8 @@ class _Boundaries(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _LEAVES_TORCH:
-            raise Unsupported(f"{self._where()}: a tensor's values leave PyTorch, in {func.__name__}()", fix=_REMEDY)
+        if func in _LEAVES_TORCH or (func is Tensor.tolist and torch._is_functional_tensor(args[0])):
+            raise LooksAtValues(f"{self._where()}: a tensor's values leave PyTorch, in {func.__name__}()")
         if getattr(func, "__name__", "") in _STRIDED:
             _check_strided(args, kwargs, self._where())
         if torch.is_grad_enabled():

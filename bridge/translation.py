@@ -28,6 +28,8 @@ class Translation:
         text: A digest of what is computed; equal ones compute the same from inputs of equal shapes and dtypes.
             Empty where there is none.
         captured: Tensors that the function took from elsewhere, whose values are part of what is computed.
+        known: Positions of the inputs whose values it was made for, and no others; None if values could not be looked
+            at. See `bridge.known`.
     """
 
     translator: str
@@ -38,6 +40,7 @@ class Translation:
     reached: tuple[frozenset[int], ...]
     text: str
     captured: tuple[Tensor, ...] = ()
+    known: tuple[int, ...] | None = None
 
 
 class Translator(Protocol):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from bridge.by_value import NOTHING, Knowable, translate_by_value
 from bridge.translation import TensorFunction, Translation, Translator
 from bridge.verify import BOUND, Comparison, compare
 from mb_torch.errors import InvalidInput, Unsupported
@@ -46,6 +47,7 @@ def translate_function(
     *,
     translator: str = "auto",
     verify: bool = True,
+    knowable: Knowable = NOTHING,
 ) -> Checked:
     """Translate a torch function of a flat sequence of tensors.
 
@@ -56,6 +58,7 @@ def translate_function(
         translator: A name from `available_translators`, or ``"auto"`` to try all in order.
         verify: Compare outputs, gradients and changed tensors with PyTorch in float64 and refuse what differs by more
             than 1e-9. What has been compared once is not compared again.
+        knowable: Inputs whose values the translation may be made for, where the function looks at them.
 
     Raises:
         Unsupported: No translator can, or none agrees with PyTorch; lists the reason of each.
@@ -71,7 +74,7 @@ def translate_function(
     for name in _TRANSLATORS if translator == "auto" else [translator]:
         try:
             own = _load(name)
-            translation = own.translate(function, inputs, modules)
+            translation = translate_by_value(own, function, inputs, modules, knowable)
             comparison = _comparison(own, translation, function, inputs, modules) if verify else None
         except Unsupported as error:
             refused.append((name, error))
@@ -98,7 +101,7 @@ def _comparison(
         tuple((tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in inputs),
     )
     if not translation.text or key not in _compared:
-        _compared[key] = compare(translator, function, inputs, modules)
+        _compared[key] = compare(translator, function, inputs, modules, translation.known)
     return _compared[key]
 
 

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from bridge.arrays import to_jax, to_torch
 from bridge.dtypes import torch_dtypes
+from bridge.known import with_known
 from bridge.trace import changes_first_argument, without_fast_paths
 from bridge.translation import TensorFunction, Translation, Translator
 from mb_torch.errors import ModelBatchError, Unsupported
@@ -44,7 +45,11 @@ class Comparison(NamedTuple):
 
 
 def compare(
-    translator: Translator, function: TensorFunction, inputs: Sequence[Tensor], modules: Sequence[nn.Module] = ()
+    translator: Translator,
+    function: TensorFunction,
+    inputs: Sequence[Tensor],
+    modules: Sequence[nn.Module] = (),
+    known: Sequence[int] | None = None,
 ) -> Comparison:
     """Run a function in PyTorch and as translated, in float64 and with what is random replaced by fixed numbers.
 
@@ -53,6 +58,7 @@ def compare(
         function: The torch function.
         inputs: Real inputs of one model.
         modules: Modules that the function calls, for names in errors.
+        known: See `bridge.translation.Translation`.
 
     Returns:
         The largest difference between outputs and between gradients with respect to all inputs that require them.
@@ -61,7 +67,8 @@ def compare(
         wide = [_widened(tensor) for tensor in inputs]
         fixed = _without_randomness(function)
         expected, expected_grads, weights = _in_torch(fixed, wide)
-        translation = translator.translate(fixed, wide, modules)
+        recorded = fixed if known is None else _without_randomness(with_known(function, wide, known))
+        translation = translator.translate(recorded, wide, modules)
         if translation.draws:
             return Comparison(0.0, "nothing: it draws random numbers that cannot be fixed", torch.float64)
         try:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bridge.arrays import to_jax
 from bridge.autograd import CompiledFunction, Outputs
+from bridge.by_value import ByValue
 from bridge.dtypes import torch_dtypes
 from bridge.keys import surroundings
 from mb_jax.compile_log import CompileLog, logger
@@ -83,7 +84,7 @@ class JaxBackend:
         as_mirrors(self.spec.state)
         self.definition = Definition(self.spec.prototype, self.spec.state)
         self.modules = list(self.spec.prototype.modules())
-        self._forwards: dict[Hashable, _Forward] = {}
+        self._forwards: ByValue[_Forward] = ByValue()
         self._steps: WeakSet[FusedStep] = WeakSet()
         self.log = CompileLog()
         self._said_compiled = False
@@ -137,7 +138,7 @@ class JaxBackend:
 
     def _forward(self, arguments: Arguments, num_models: int, layout: Layout) -> _Forward:
         key = (signature(arguments), num_models, layout, settings(self.modules), surroundings(), self.trainable())
-        known = self._forwards.get(key)
+        known = self._forwards.get(key, arguments.leaves)
         if known is None or not known.program.is_current():
             program = ModelProgram(
                 [self.definition],
@@ -147,9 +148,11 @@ class JaxBackend:
                 len(arguments.leaves),
                 translator=self.options.translator,
                 verify=self.options.verify,
+                tried=self._forwards.places(key),
             )
-            self._forwards[key] = self._compiled(program, arguments, num_models, layout)
-        return self._forwards[key]
+            known = self._compiled(program, arguments, num_models, layout)
+            self._forwards.put(key, program.by_value, arguments.leaves, known)
+        return known
 
     def trainable(self) -> Hashable:
         """Which parameters require gradients."""
@@ -310,7 +313,7 @@ class JaxBackend:
             "compiled": True,
             "compiles": self.log.compiles,
             "compile_seconds": self.log.seconds,
-            "translations": [forward.program.report() for forward in self._forwards.values()],
+            "translations": [forward.program.report() for forward in self._forwards.entries()],
             "steps": [step.report() for step in self._steps],
             "chunk_size": self.spec.chunk_size,
         }

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import torch
 from torch import Tensor, nn
 
+from bridge.by_value import Knowable
 from bridge.keys import Same, constant_key
 from bridge.translators import Checked, translate_function
 from mb_jax.rng import key_of
@@ -24,6 +25,10 @@ from mb_torch.stacked.parts import Plan
 
 Arrays = list[jax.Array]
 T = TypeVar("T")
+
+
+class OtherValues(Exception):
+    """A program was made for other values; see `bridge.by_value`."""
 
 
 class ModelProgram:
@@ -40,6 +45,7 @@ class ModelProgram:
         smooth_leaves: Gradients of so many leading leaves are compared with PyTorch's.
         translator: See `bridge.translators.translate_function`.
         verify: See there.
+        tried: The leaves whose values another program for arguments of this form was made for, if there is one.
 
     Attributes:
         packing: The form of the result.
@@ -47,6 +53,7 @@ class ModelProgram:
         num_tensors: How many tensors the definitions have together.
         num_results: How many tensors the result has.
         changed: Positions of the definitions' tensors that the function changes.
+        by_value: Leaves of the arguments whose values it was made for: it must not be run with others.
         key: Equal for programs that compute the same.
     """
 
@@ -62,6 +69,7 @@ class ModelProgram:
         *,
         translator: str,
         verify: bool,
+        tried: Sequence[int] | None = None,
     ) -> None:
         self._one = OneModel(definitions, body)
         self._one.refuse_backward_hooks()
@@ -71,6 +79,7 @@ class ModelProgram:
         self._constants = [None if isinstance(leaf, Tensor) else leaf for leaf, _ in leaves]
         self._is_tensor = [isinstance(leaf, Tensor) for leaf in arguments.leaves]
         self._arguments = arguments.with_leaves(self._constants)
+        tensor_leaves = [index for index, is_tensor in enumerate(self._is_tensor) if is_tensor]
         own_leaves = [
             _of_first_model(leaf, mapped, index < smooth_leaves)
             for index, (leaf, mapped) in enumerate(zip(arguments.leaves, arguments.mapped, strict=True))
@@ -83,8 +92,10 @@ class ModelProgram:
             [definition.prototype for definition in definitions],
             translator=translator,
             verify=verify,
+            knowable=_knowable(arguments, tensor_leaves, tried).after(self.num_tensors),
         )
         translation = self.checked.translation
+        self.by_value = [tensor_leaves[position - self.num_tensors] for position in translation.known or ()]
         self._captured = [(tensor, tensor._version) for tensor in translation.captured if not tensor.is_inference()]
         self.num_results = len(translation.dtypes) - self.num_tensors
         forms = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
@@ -111,6 +122,17 @@ class ModelProgram:
             for position, tensor in enumerate(tensors_)
         ]
         return [*results, *after]
+
+    def check_serves(self, batches: Sequence[Arguments]) -> None:
+        """Raise `OtherValues` unless one program is right for batches of equal form, the first of which made it.
+
+        Rows that were picked by looked-at numbers, the last leaf of batches that have one, are other ones each time.
+        """
+        for index in self.by_value:
+            first, *others = [own.leaves[index] for own in batches]
+            picks_rows = batches[0].trees[-1] is first
+            if picks_rows or not all(torch.equal(first, other) for other in others):
+                raise OtherValues
 
     def is_current(self) -> bool:
         """Whether the tensors that the function took from elsewhere have the values that it was translated with."""
@@ -170,6 +192,18 @@ def shared(key: Hashable, make: Callable[[], T]) -> T:
 def _of_first_model(leaf: Tensor, mapped: bool, smooth: bool) -> Tensor:
     own = (leaf[0] if mapped else leaf).detach()
     return own.requires_grad_(smooth and (own.is_floating_point() or own.is_complex()))
+
+
+def _knowable(arguments: Arguments, tensor_leaves: Sequence[int], tried: Sequence[int] | None) -> Knowable:
+    """Which tensors among the arguments are integers of the host, for all models or for each."""
+    shared: list[int] = []
+    own: list[int] = []
+    for position, index in enumerate(tensor_leaves):
+        leaf = arguments.leaves[index]
+        if leaf.dtype in (torch.int32, torch.int64) and leaf.device.type == "cpu":
+            (own if arguments.mapped[index] else shared).append(position)
+    before = None if tried is None else tuple(tensor_leaves.index(index) for index in tried)
+    return Knowable(tuple(shared), tuple(own), before)
 
 
 def over_models(

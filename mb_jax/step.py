@@ -7,7 +7,7 @@ of the loss, who is active) is an input of the program.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bridge.arrays import to_jax, to_torch, torch_dtype_of
+from bridge.by_value import ByValue
 from bridge.dtypes import torch_dtypes
 from bridge.keys import surroundings
 from mb_jax.convolution import convolution_form
@@ -25,6 +26,7 @@ from mb_jax.mirror import MirrorBuffer
 from mb_jax.optim import JaxOptimizer, arrays_of, keep
 from mb_jax.programs import (
     ModelProgram,
+    OtherValues,
     part_of,
     settings,
     settings_of_callable,
@@ -59,8 +61,9 @@ class FusedStep:
         self.layout = same_layout([backend.layout for backend in backends])
         self._pending = PendingGradients()
         self._resident = ResidentData()
-        self._programs: dict[Hashable, StepProgram] = {}
+        self._programs: ByValue[StepProgram] = ByValue()
         self._trainers: dict[Hashable, Callable[..., Any]] = {}
+        self._looks_at_rows: set[Hashable] = set()
         self._present: dict[int, tuple[list[list[bool]], tuple[tuple[int, ...], ...]]] = {}
         for backend, optimizer in zip(self.backends, spec.optimizers, strict=True):
             if optimizer is not None:
@@ -68,7 +71,7 @@ class FusedStep:
 
     def __getstate__(self) -> dict[str, Any]:
         # Compiled programs belong to one object: a copy makes its own.
-        return {**self.__dict__, "_programs": {}, "_trainers": {}, "_present": {}}
+        return {**self.__dict__, "_programs": ByValue(), "_trainers": {}, "_looks_at_rows": set(), "_present": {}}
 
     def __call__(self, inputs: Any, targets: Any, *, shared_targets: bool) -> tuple[Tensor, Any]:
         """Run one step; return the losses ``[num_models]`` and the loss's aux."""
@@ -88,7 +91,7 @@ class FusedStep:
         together = len(batches) > 1 and all(signature(own.plain()) == first for own in all_arguments)
         if together and all(map(self._updates_in_program, all_arguments)):
             plain = [own.plain() for own in all_arguments]
-            with torch_dtypes():
+            with torch_dtypes(), suppress(OtherValues):
                 compiled, results = self._train(plain)
                 aux = self._unpacked(compiled, [result[-1] for result in results])[1] if self.spec.aux else None
                 return _lazily(results[0]), aux
@@ -98,11 +101,16 @@ class FusedStep:
     def run_rows(self, inputs: Any, targets: Any, rows: Tensor, *, shared_targets: bool) -> tuple[Tensor, Any]:
         """Run one step per entry of ``rows`` ``[steps, batch]`` on rows of a data set that stays on the device."""
         batches = [self._arguments(inputs, targets, shared_targets, own) for own in rows.to(torch.int64)]
-        if not self._updates_in_program(batches[0]):
+        form = signature(batches[0])
+        if form in self._looks_at_rows or not self._updates_in_program(batches[0]):
             taken = [rows_of(inputs, targets, own, self.spec.shared_input, shared_targets) for own in rows]
             return self.run(taken, shared_targets=shared_targets)
         with torch_dtypes():
-            compiled, results = self._train(batches)
+            try:
+                compiled, results = self._train(batches)
+            except OtherValues:
+                self._looks_at_rows.add(form)
+                return self.run_rows(inputs, targets, rows, shared_targets=shared_targets)
             latest = results if len(batches) == 1 else [result[-1] for result in results]
             losses, aux = self._unpacked(compiled, latest)
             return losses[None] if len(batches) == 1 else _lazily(results[0]), aux
@@ -160,14 +168,15 @@ class FusedStep:
             settings_of_callable(self.spec.loss_fn),
             surroundings(),
         )
-        known = self._programs.get(key)
+        known = self._programs.get(key, arguments.leaves)
         if known is None or not known.program.is_current():
-            known = self._programs[key] = self._translated(arguments)
+            known = self._translated(arguments, self._programs.places(key))
+            self._programs.put(key, known.program.by_value, arguments.leaves, known)
             # What is derived from programs is known by their ids, and one may have gone.
             self._trainers, self._present = {}, {}
         return known
 
-    def _translated(self, arguments: Arguments) -> StepProgram:
+    def _translated(self, arguments: Arguments, tried: Sequence[int] | None) -> StepProgram:
         options = self.backends[0].options
         program = ModelProgram(
             [backend.definition for backend in self.backends],
@@ -177,6 +186,7 @@ class FusedStep:
             len(leaves_of(arguments.trees[0])),
             translator=options.translator,
             verify=options.verify,
+            tried=tried,
         )
         wanted = {id(parameter) for own in self._trained() for parameter in own}
         reached = program.reached(0)
@@ -224,6 +234,7 @@ class FusedStep:
     def _train(self, batches: Sequence[Arguments]) -> tuple[StepProgram, Arrays]:
         """Run one program over all batches; return it and its results, those of several batches ``[steps, ...]``."""
         compiled = self._compiled(batches[0])
+        compiled.program.check_serves(batches)
         places, count = compiled.places, len(batches)
         updates = self._updates(compiled)
         optimizers: list[Any] = list(self.spec.optimizers)
@@ -311,7 +322,7 @@ class FusedStep:
             "runs": "xla",
             "reason": None,
             "compiled": True,
-            "translations": [compiled.program.report() for compiled in self._programs.values()],
+            "translations": [compiled.program.report() for compiled in self._programs.entries()],
         }
 
     def _watch(self, what: str) -> AbstractContextManager[None]:

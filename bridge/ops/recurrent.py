@@ -15,7 +15,7 @@ from bridge.ops.registry import Operation, lowers
 
 _ARGUMENTS = (
     "Tensor input, Tensor[] states, Tensor[] weights, str cell, bool has_biases, int num_layers, float dropout, "
-    "bool bidirectional, bool batch_first"
+    "bool bidirectional, bool batch_first, int[]? lengths=None"
 )
 _LIBRARY = torch.library.Library("bridge", "FRAGMENT")
 _LIBRARY.define(f"recurrent({_ARGUMENTS}) -> Tensor[]")
@@ -35,6 +35,7 @@ def _results(
     dropout: float,
     bidirectional: bool,
     batch_first: bool,
+    lengths: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """Tensors like the results, without values: the outputs of all steps and the last states."""
     features = states[0].shape[-1] * (2 if bidirectional else 1)
@@ -51,12 +52,13 @@ for _name in ("bridge::recurrent", "bridge::recurrent_dropout"):
     torch.library.register_autograd(_name, _no_backward, lib=_LIBRARY)
 
 
-def record(cell: str, arguments: Sequence[Any]) -> tuple[Tensor, ...]:
+def record(cell: str, arguments: Sequence[Any], lengths: Sequence[int] | None = None) -> tuple[Tensor, ...]:
     """Record ``torch.lstm(*arguments)`` and its like as one operation.
 
     Args:
         cell: ``"lstm"``, ``"gru"``, ``"rnn_tanh"`` or ``"rnn_relu"``.
         arguments: As for the form of the torch function that takes no packed sequences.
+        lengths: How long each sequence is; None if they all have all steps.
 
     Returns:
         The outputs of all steps, then the last states.
@@ -66,7 +68,7 @@ def record(cell: str, arguments: Sequence[Any]) -> tuple[Tensor, ...]:
     draws = train and dropout > 0 and num_layers > 1
     operation = recurrent_dropout if draws else recurrent
     results = operation(
-        input, states, list(weights), cell, has_biases, num_layers, float(dropout), bidirectional, batch_first
+        input, states, list(weights), cell, has_biases, num_layers, float(dropout), bidirectional, batch_first, lengths
     )
     return tuple(results)
 
@@ -83,12 +85,18 @@ def lower_recurrent(
     dropout: float,
     bidirectional: bool,
     batch_first: bool,
+    lengths: Sequence[int] | None = None,
 ) -> list[jax.Array]:
-    """Run all layers; the products with the inputs are one matrix multiplication for all steps."""
+    """Run all layers; the products with the inputs are one matrix multiplication for all steps.
+
+    Where lengths of the sequences are given, each starts and ends with itself: a state changes within them only, and
+    the outputs after them mean nothing.
+    """
     remaining = iter(weights)
     projected = cell == "lstm" and states[0].shape[-1] != states[1].shape[-1]
     directions = 2 if bidirectional else 1
     sequence = input.swapaxes(0, 1) if batch_first else input
+    within = None if lengths is None else jnp.arange(len(sequence))[:, None, None] < jnp.array(lengths)[:, None]
     last: list[list[jax.Array]] = []
     for layer in range(num_layers):
         if layer > 0 and operation.key is not None:
@@ -97,7 +105,7 @@ def lower_recurrent(
         for direction in range(directions):
             initial = [state[layer * directions + direction] for state in states]
             own = _take(remaining, has_biases, projected)
-            output, final = _one_direction(cell, sequence, initial, own, backwards=direction == 1)
+            output, final = _one_direction(cell, sequence, initial, own, within, backwards=direction == 1)
             outputs.append(output)
             last.append(final)
         sequence = jnp.concatenate(outputs, -1)
@@ -122,21 +130,32 @@ def _dropout(key: jax.Array, array: jax.Array, p: float) -> jax.Array:
 
 
 def _one_direction(
-    cell: str, sequence: jax.Array, initial: list[jax.Array], weights: _Weights, backwards: bool
+    cell: str,
+    sequence: jax.Array,
+    initial: list[jax.Array],
+    weights: _Weights,
+    within: jax.Array | None,
+    backwards: bool,
 ) -> tuple[jax.Array, list[jax.Array]]:
-    """The outputs ``[T, N, features]`` of one layer in one direction, and its last states."""
+    """The outputs ``[T, N, features]`` of one layer in one direction, and its last states.
+
+    States change where ``within`` ``[T, N, 1]`` is true.
+    """
     of_input, _, input_bias, _, _ = weights
     gates = sequence @ of_input.T
     if input_bias is not None:
         gates = gates + input_bias
     step = _STEPS[cell](weights)
 
-    def scanned(states: list[jax.Array], from_input: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+    def scanned(states: list[jax.Array], inputs: Any) -> tuple[list[jax.Array], jax.Array]:
+        from_input, changes = inputs
         after = step(states, from_input)
+        if changes is not None:
+            after = [jnp.where(changes, new, old) for new, old in zip(after, states, strict=True)]
         return after, after[0]
 
     # Unrolled steps were measured to take longer, and many times longer to compile.
-    final, outputs = lax.scan(scanned, initial, gates, reverse=backwards)
+    final, outputs = lax.scan(scanned, initial, (gates, within), reverse=backwards)
     return outputs, final
 
 

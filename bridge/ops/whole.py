@@ -10,6 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from bridge.ops.modules import recordable
+from bridge.ops.packed import record_pack, record_pad, record_recurrent
 from bridge.ops.recurrent import record
 
 
@@ -21,14 +22,21 @@ def keep_whole() -> Iterator[None]:
 
 
 _CELLS = {torch.lstm: "lstm", torch.gru: "gru", torch.rnn_tanh: "rnn_tanh", torch.rnn_relu: "rnn_relu"}
+_PACKING: dict[Any, Callable[..., Any]] = {
+    torch._pack_padded_sequence: record_pack,
+    torch._pad_packed_sequence: record_pad,
+}
 
 
 class _Whole(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        packing = _PACKING.get(func)
+        if packing is not None:
+            return packing(*args, **(kwargs or {}))
         cell = _CELLS.get(func)
-        # Of the forms for packed sequences, the fourth argument is no switch.
-        if cell is None or len(args) != 9 or not isinstance(args[3], bool):
+        if cell is None or len(args) != 9:
             return func(*args, **(kwargs or {}))
-        return record(cell, args)
+        # Of the forms for packed sequences, the fourth argument is no switch.
+        return record(cell, args) if isinstance(args[3], bool) else record_recurrent(cell, args)

@@ -26,9 +26,6 @@ REFUSED = {
     "branch_on_value": "BranchOnValue",
     "boolean_selection": "BooleanSelection",
     "records_item": "RecordsItem",
-    "lstm_packed_input": "LSTM",
-    "lstm_packed_inside": "PackedClassifier",
-    "gru_packed_inside": "PackedClassifier",
 }
 
 deterministic = [case for case in CASES if not case.random and case.name not in REFUSED]
