@@ -65,7 +65,9 @@ def record_recurrent(cell: str, arguments: Sequence[Any]) -> tuple[Tensor, ...]:
     with for_real():
         own = lengths.tolist()
     outputs, *last = record(
-        cell, (padded, states, weights, has_biases, num_layers, dropout, train, bidirectional, False), own
+        cell,
+        (padded, states, weights, has_biases, num_layers, dropout, train, bidirectional, False),
+        own if min(own) < max(own) else None,
     )
     return record_pack(outputs, lengths, False)[0], *last
 
