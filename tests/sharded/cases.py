@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from mb_jax.sharding import ONE_DEVICE, layout_for
 from mb_jax.step_program import StepProgram
@@ -58,6 +59,31 @@ def test_training_equals_one_device(num_models: int, devices: int) -> None:
     assert (one.backend_report()["devices"], spread.backend_report()["devices"]) == (1, devices)
     assert_close(train(spread), train(one), **BOUND)
     assert devices_of(spread) == {devices}
+
+
+class Packed(nn.Module):
+    """Its program depends on the lengths of the sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(3, 2, bidirectional=True)
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return self.rnn(pack_padded_sequence(*batch, batch_first=True))[1].transpose(0, 1).flatten(1)
+
+
+def test_each_set_of_lengths_has_its_program_on_all_devices() -> None:
+    torch.manual_seed(0)
+    x, labels = torch.randn(3, 5, 3), torch.tensor([0, 1, 2])
+    given = [((x, torch.tensor(lengths)), labels) for lengths in ([5, 2, 1], [4, 4, 2], [5, 2, 1])]
+    results = []
+    for options in ({}, {"devices": "all"}):
+        mb = ModelBatch.from_factory(Packed, range(13), backend="jax", backend_options={"verify": False, **options})
+        step = mb.make_train_step(F.cross_entropy, sgd_for(mb))
+        losses = [*step.run(given), step(*given[1]), mb.compute_loss(mb(given[1][0]), labels, F.cross_entropy, "none")]
+        results.append((torch.stack(losses).detach(), mb.get_model_states()))
+        assert len(step._step.report()["translations"]) == 2
+    assert_close(results[1], results[0], **BOUND)
 
 
 def test_what_a_step_replaces_is_donated() -> None:
