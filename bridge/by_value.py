@@ -72,7 +72,7 @@ def translate_by_value(
             return None
         return replace(made, known=places)
 
-    if knowable.tried is not None and (again := attempt(knowable.tried)) is not None:
+    if knowable.tried and (again := attempt(knowable.tried)) is not None:
         return again
     try:
         return translator.translate(function, inputs, modules)

@@ -137,9 +137,11 @@ class KnownValues(TorchFunctionMode):
                 return self._computed(func, args, kwargs, made=not tensors)
             except _Draws:
                 pass
-        elif func in _REWRITTEN:
+        # The recording keeps its constants by reference, and a known tensor may still be changed in place.
+        args, kwargs = pytree.tree_map(lambda leaf: self.take(leaf) if self.knows(leaf) else leaf, (args, kwargs))
+        if func in _REWRITTEN:
             return _REWRITTEN[func](self, func, *args, **kwargs)
-        elif getattr(func, "__name__", "") in _TAKE_SIZES:
+        if getattr(func, "__name__", "") in _TAKE_SIZES:
             args, kwargs = self._as_numbers(args), self._as_numbers(kwargs)
         return func(*args, **kwargs)
 

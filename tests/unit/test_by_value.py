@@ -55,6 +55,12 @@ def in_place(x: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
     return x * n.max().item(), n
 
 
+def in_place_after_use(x: Tensor, n: Tensor) -> Tensor:
+    before = x[:, :3] + n
+    n.add_(1)
+    return before * n.max().item()
+
+
 LOOKS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "item": lambda x, n: x * n[1].item(),
     "int and float": lambda x, n: x * int(n[0]) + float(n[1]),
@@ -79,6 +85,7 @@ LOOKS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "split": lambda x, n: tuple(x.split([int(n[0]), 4 - int(n[0])], dim=1)),
     "sorted": lambda x, n: x[n.sort(descending=True).indices][: n.unique().numel()],
     "changed in place": in_place,
+    "changed in place after use": in_place_after_use,
     "returned": lambda x, n: (x * n.max().item(), n, n.float().log().sum()),
     "mixed precision": lambda x, n: x * (n.float() / 3).sum().item(),
     "made from numbers": lambda x, n: x[torch.tensor([True, False, int(n[0]) == 1])],
