@@ -239,21 +239,24 @@ def apply_update(
     for clock, (names, rows) in enumerate(zip(plan.names, numbers, strict=True)):
         members = [index for index, owner in enumerate(plan.clock_of) if owner == clock]
 
-        def update(params: Arrays, state: StateArrays, grads: Arrays, rows: Any, names: Any = names) -> Any:
+        def update(
+            params: Arrays, state: StateArrays, grads: Arrays, rows: Any, active: Any, names: Any = names
+        ) -> Any:
             own = {name: _number(name, rows[row]) for row, name in enumerate(names)}
-            updates, state = transform.update(grads, state, params, numbers=own)
+            updates, state = transform.update(grads, state, params, numbers=own, active=active)
             return optax.apply_updates(params, updates), state
 
-        after, state_after = jax.vmap(update, in_axes=(0, 0, 0, 1))(
+        after, state_after = jax.vmap(update, in_axes=(0, 0, 0, 1, 0))(
             [params[index] for index in members],
             {name: [own[index] for index in members] for name, own in state.items()},
             [grads[index] for index in members],
             jnp.asarray(rows),
+            active,
         )
         for place, index in enumerate(members):
             new_params[index] = where_active(active, after[place], params[index])
-            for name, own in state.items():
-                new_state[name][index] = where_active(active, state_after[name][place], own[index])
+            for name in state:
+                new_state[name][index] = state_after[name][place]
     return new_params, new_state
 
 

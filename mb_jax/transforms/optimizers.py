@@ -47,9 +47,10 @@ def transform_for(
 
     * ``init(params, initial={})`` returns the state: a dict with a pytree like `params` for each state tensor of
       ``torch.optim``. `initial` has the value of one that does not start at zero (Adagrad's `sum`).
-    * ``update(grads, state, params, numbers=...)`` returns changes for `optax.apply_updates` and the new state.
-      `numbers` are the step's coefficients, from the ``coefficients`` of the class's rule. Further state tensors, of
-      other flags, are handed through.
+    * ``update(grads, state, params, numbers=..., active=None)`` returns changes for `optax.apply_updates` and the new
+      state. `numbers` are the step's coefficients, from the ``coefficients`` of the class's rule. The state of a model
+      that is not active stays as it is; its changes are to be dropped. Further state tensors, of other flags, are
+      handed through.
 
     Parameters and state may be in half, single or double precision or complex, and keep their dtypes. Changes of
     half-precision parameters are float32, and `optax.apply_updates` rounds the sum as ``torch.optim`` does. Gradients
@@ -84,6 +85,7 @@ def transform_for(
         params: optax.Params | None = None,
         *,
         numbers: Numbers | None = None,
+        active: Array | None = None,
         **_: Any,
     ) -> tuple[optax.Updates, Tensors]:
         if params is None or numbers is None:
@@ -96,7 +98,7 @@ def transform_for(
         changes, rows = [], []
         for place, (param, grad) in enumerate(zip(leaves, own_grads, strict=True)):
             own = {name: tensors[name][place] for name in names}
-            change, row = update_leaf(step, param, grad, own, numbers, flags)
+            change, row = update_leaf(step, param, grad, own, numbers, flags, active)
             changes.append(change)
             rows.append(row)
         new = {name: structure.unflatten([row[name] for row in rows]) for name in names}

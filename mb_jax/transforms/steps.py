@@ -25,20 +25,21 @@ def sgd(leaf: Leaf) -> Array:
     """
     direction = leaf.gradient()
     if leaf.flags["momentum"]:
-        before = leaf.state["momentum_buffer"]
-        buffer = leaf.scale_and_add("momentum_buffer", "momentum", direction * leaf.number("weight"))
+        buffer = _momentum(leaf, direction * leaf.number("weight"))
         ahead = leaf.store(direction + buffer * leaf.number("momentum")) if leaf.flags["nesterov"] else buffer
-        direction = _where_momentum(leaf, before, ahead, direction)
+        direction = _where_momentum(leaf, ahead, direction)
     return leaf.change(direction * leaf.number("lr"))
 
 
-def _where_momentum(leaf: Leaf, before: Array, direction: Array, without: Array) -> Array:
-    """The direction of a model with momentum or of one without, which keeps the buffer it had."""
-    if not leaf.flags["some_without"]:
-        return direction
-    has_momentum = leaf.switch("with_momentum")
-    leaf.state["momentum_buffer"] = jnp.where(has_momentum, leaf.state["momentum_buffer"], before)
-    return jnp.where(has_momentum, direction, without)
+def _momentum(leaf: Leaf, addend: Array) -> Array:
+    """The momentum buffer, updated; a model without momentum keeps the buffer it had."""
+    buffer = leaf.scaled_sum("momentum_buffer", "momentum", addend)
+    return leaf.put("momentum_buffer", _where_momentum(leaf, buffer, leaf.state["momentum_buffer"]))
+
+
+def _where_momentum(leaf: Leaf, having: Array, without: Array) -> Array:
+    """What holds for a model with momentum, or for one without."""
+    return jnp.where(leaf.switch("with_momentum"), having, without) if leaf.flags["some_without"] else having
 
 
 def adam(leaf: Leaf) -> Array:
@@ -50,8 +51,7 @@ def adam(leaf: Leaf) -> Array:
     """
     first, second = _moments(leaf, leaf.gradient())
     if leaf.flags["amsgrad"]:
-        second = jnp.maximum(leaf.state["max_exp_avg_sq"], second)
-        leaf.state["max_exp_avg_sq"] = second
+        second = leaf.put("max_exp_avg_sq", jnp.maximum(leaf.state["max_exp_avg_sq"], second))
     return leaf.change(leaf.quotient(first, leaf.root_plus_eps(second)) * leaf.number("size"))
 
 
@@ -97,8 +97,7 @@ def adamax(leaf: Leaf) -> Array:
     grad = leaf.gradient()
     first = leaf.move_towards("exp_avg", grad, "first")
     kept = leaf.store(leaf.state["exp_inf"] * leaf.number("norm_keep"))
-    norm = jnp.maximum(kept, leaf.store(jnp.abs(grad) + leaf.number("eps")))
-    leaf.state["exp_inf"] = norm
+    norm = leaf.put("exp_inf", jnp.maximum(kept, leaf.store(jnp.abs(grad) + leaf.number("eps"))))
     return leaf.change(leaf.quotient(first, norm) * leaf.number("size"))
 
 
@@ -115,9 +114,7 @@ def rmsprop(leaf: Leaf) -> Array:
         square = leaf.store(square - average * average)
     direction = leaf.quotient(grad, leaf.root_plus_eps(square))
     if leaf.flags["momentum"]:
-        before = leaf.state["momentum_buffer"]
-        buffer = leaf.scale_and_add("momentum_buffer", "momentum", direction)
-        direction = _where_momentum(leaf, before, buffer, direction)
+        direction = _where_momentum(leaf, _momentum(leaf, direction), direction)
     return leaf.change(direction * leaf.number("lr"))
 
 
@@ -127,8 +124,7 @@ def adagrad(leaf: Leaf) -> Array:
     ``s += g g``; ``p -= lr / (1 + (t - 1) lr_decay) g / (sqrt(s) + eps)``; the factor is the coefficient `size`.
     """
     grad = leaf.gradient()
-    total = leaf.store(leaf.state["sum"] + grad * grad)
-    leaf.state["sum"] = total
+    total = leaf.put("sum", leaf.store(leaf.state["sum"] + grad * grad))
     return leaf.change(leaf.quotient(grad, leaf.root_plus_eps(total)) * leaf.number("size"))
 
 
