@@ -80,8 +80,9 @@ class JaxBackend:
     def _prepare(self) -> None:
         use_cache(self.options.cache_dir)
         announce()
-        self.layout = layout_for(self.spec.num_models, self.options.devices)
-        as_mirrors(self.spec.state)
+        parameters, _ = as_mirrors(self.spec.state)
+        num_numbers = sum(parameter.numel() for parameter in parameters)
+        self.layout = layout_for(self.spec.num_models, self.options.devices, num_numbers)
         self.definition = Definition(self.spec.prototype, self.spec.state)
         self.modules = list(self.spec.prototype.modules())
         self._forwards: ByValue[_Forward] = ByValue()

@@ -85,8 +85,9 @@ class JaxOptimizer(StackedOptimizer):
 
     @cached_property
     def optimizer_cls(self) -> type[torch.optim.Optimizer]:
-        """The class of torch.optim whose updates these are."""
-        return next(cls for cls, rule in RULES.items() if rule is self.rule)
+        """The class of torch.optim whose updates these are; Adam stands for AdamW too."""
+        # A copy of an optimizer has a copy of the rule.
+        return next(cls for cls, rule in RULES.items() if type(rule) is type(self.rule))
 
     def _current_storage(self) -> list[tuple[int, torch.dtype, torch.device]]:
         # Without a look at the values, and without asking every mirror whether it minds.

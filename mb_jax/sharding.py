@@ -29,6 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from torch import Tensor
 
 from bridge.arrays import check_fits, copy_to_torch, to_jax, to_numpy, to_torch, torch_dtype_of
+from mb_jax.start import usable_cores
 from mb_torch.errors import InvalidInput, Unsupported
 
 _AXIS = "models"
@@ -90,6 +91,10 @@ class Layout:
         """Return values per model as a tensor; JAX does not use the array afterwards."""
         return to_torch(array)
 
+    def empty(self, array: jax.Array) -> Tensor:
+        """Return a tensor without values for `copy`."""
+        return torch.empty(array.shape, dtype=torch_dtype_of(array))
+
     def whole(self, array: jax.Array, axis: int = 0) -> jax.Array:
         """Return values per model so that every process has those of all models, without waiting for them."""
         return array
@@ -114,23 +119,22 @@ class Spread(Layout):
     Args:
         num_models: How many models there are.
         devices: The devices.
-        asked: What `layout_for` was given.
 
     Attributes:
         padded: Length of the model axis, with the copies at its end.
     """
 
-    def __init__(self, num_models: int, devices: Sequence[jax.Device], asked: int | Literal["all"] | None) -> None:
+    def __init__(self, num_models: int, devices: Sequence[jax.Device]) -> None:
         self.num_models = num_models
         self.num_devices = len(devices)
         self.padded = self.local_models(num_models) * len(devices)
-        self._asked = asked
         self._mesh = Mesh(np.array(devices), (_AXIS,))
+        self._shardings: dict[PartitionSpec, NamedSharding] = {}
         self._gatherings: dict[int, Callable[[jax.Array], jax.Array]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Another process may have other devices.
-        return layout_for, (self.num_models, self._asked)
+        # Another process may have fewer devices.
+        return _spread, (self.num_models, self.num_devices)
 
     def local_models(self, num_models: int) -> int:
         """See `Layout`."""
@@ -149,9 +153,11 @@ class Spread(Layout):
         return self._put(to_numpy(tensor), EVERYWHERE)
 
     def _put(self, host: np.ndarray[Any, Any], places: PartitionSpec) -> jax.Array:
+        if places not in self._shardings:
+            self._shardings[places] = NamedSharding(self._mesh, places)
         # Unlike device_put it asks other processes nothing, and it is faster for small arrays.
         with jax.enable_x64(True):
-            return jax.make_array_from_callback(host.shape, NamedSharding(self._mesh, places), host.__getitem__)
+            return jax.make_array_from_callback(host.shape, self._shardings[places], host.__getitem__)
 
     def push(self, tensor: Tensor) -> jax.Array:
         """See `Layout`."""
@@ -175,6 +181,10 @@ class Spread(Layout):
             return to_torch(array)[: self.num_models]
         return to_torch(self.whole(array))
 
+    def empty(self, array: jax.Array) -> Tensor:
+        """See `Layout`."""
+        return torch.empty((self.num_models, *array.shape[1:]), dtype=torch_dtype_of(array))
+
     def whole(self, array: jax.Array, axis: int = 0) -> jax.Array:
         """See `Layout`."""
         with jax.enable_x64(True):
@@ -193,18 +203,22 @@ class Spread(Layout):
         return jax.shard_map(function, mesh=self._mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
 
 
-@cache
-def layout_for(num_models: int, asked: int | Literal["all"] | None = None) -> Layout:
+# On CPUs: models of fewer numbers take longer to be dispatched to several devices than to run on one.
+_LEAST_NUMBERS_ON_HOST_DEVICES = 2**16
+
+
+def layout_for(num_models: int, asked: int | Literal["all"] | None = None, num_numbers: int = 0) -> Layout:
     """Choose the devices of a batch.
 
     Args:
         num_models: How many models there are.
-        asked: How many devices to use at most, or ``"all"``. None is all accelerators, or one device on a CPU: host
-            devices (``--xla_force_host_platform_device_count``) share the cores that one device uses anyway.
+        asked: How many devices to use at most, or ``"all"``. None is all accelerators; on a CPU a device for each
+            core (see `mb_jax.start.prepare`) if the models have at least 65,536 parameters together, else one.
             Several processes always use all their devices.
+        num_numbers: How many parameters all models have together.
 
     Returns:
-        The same object for equal arguments.
+        The same object for as many models on as many devices.
 
     Raises:
         InvalidInput: There are not so many devices, or a number was given with several processes.
@@ -222,16 +236,20 @@ def layout_for(num_models: int, asked: int | Literal["all"] | None = None) -> La
                 expected="'all' or None: several processes use all devices",
             )
         # No process may be left without models, so that all take part in all programs.
-        return Spread(num_models, devices, asked)
-    if asked is None:
-        count = 1 if devices[0].platform == "cpu" else len(devices)
-    else:
-        count = len(devices) if asked == "all" else asked
+        return _spread(num_models, len(devices))
+    count = asked if isinstance(asked, int) else len(devices)
     if count > len(devices):
         raise InvalidInput("backend_options['devices']", received=count, expected=f"at most {len(devices)}")
+    if asked is None and devices[0].platform == "cpu":
+        count = min(count, usable_cores()) if num_numbers >= _LEAST_NUMBERS_ON_HOST_DEVICES else 1
     models_each = -(-num_models // count)
     used = -(-num_models // models_each)
-    return ONE_DEVICE if used == 1 else Spread(num_models, devices[:used], asked)
+    return ONE_DEVICE if used == 1 else _spread(num_models, used)
+
+
+@cache
+def _spread(num_models: int, num_devices: int) -> Layout:
+    return Spread(num_models, jax.devices()[:num_devices])
 
 
 def placed(tensors: Sequence[Tensor], mapped: Sequence[bool], layout: Layout, axis: int = 0) -> list[Any]:
@@ -256,24 +274,28 @@ def placed(tensors: Sequence[Tensor], mapped: Sequence[bool], layout: Layout, ax
     ]
 
 
-def same_layout(layouts: Sequence[Layout]) -> Layout:
-    """Return the layout that all batches of a step have.
+def common_layout(layouts: Sequence[Layout], chosen: Sequence[bool]) -> Layout:
+    """Return the layout that all batches of a step can have.
+
+    Args:
+        layouts: That of each batch.
+        chosen: For each of them, whether the user has said how many devices there are to be.
 
     Raises:
-        InvalidInput: They have several.
+        InvalidInput: The user has said different things.
 
     Example:
-        >>> same_layout([ONE_DEVICE, ONE_DEVICE]).num_devices
+        >>> common_layout([ONE_DEVICE, ONE_DEVICE], [True, False]).num_devices
         1
     """
-    first = layouts[0]
-    if any(layout is not first for layout in layouts):
+    asked = [layout for layout, flag in zip(layouts, chosen, strict=True) if flag]
+    if any(layout is not asked[0] for layout in asked):
         raise InvalidInput(
             "a joint step",
-            received=f"batches on {[layout.num_devices for layout in layouts]} devices",
+            received=f"batches on {[layout.num_devices for layout in asked]} devices",
             expected="the same backend_options['devices'] for all",
         )
-    return first
+    return max(asked or layouts, key=lambda layout: layout.num_devices)
 
 
 def init_distributed(rank: int, size: int, address: str) -> None:

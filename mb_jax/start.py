@@ -21,6 +21,9 @@ _logger = logging.getLogger("modelbatch.jax")
 
 CACHE_VARIABLE = "MODELBATCH_JAX_CACHE"
 _PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
+_HOST_DEVICES = "xla_force_host_platform_device_count"
+# Each device is dispatched to in turn; nobody has measured more.
+_MOST_HOST_DEVICES = 8
 _LEAST_SECONDS = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 
 # The versions that the tests ran with.
@@ -34,16 +37,35 @@ def prepare() -> None:
     On a GPU JAX takes three quarters of the memory when it starts, which PyTorch then lacks. Unless the environment
     says otherwise, it takes what it needs instead.
 
+    A CPU becomes several devices, one for each core up to 8, so that models can be spread over them: every core then
+    runs the program of its own models, where one device shares out each small operation. ``$JAX_NUM_CPU_DEVICES`` or
+    ``--xla_force_host_platform_device_count`` in ``$XLA_FLAGS`` say how many otherwise. Once JAX knows its devices,
+    they stay as they are.
+
     Example:
         >>> prepare()
         >>> _PREALLOCATE in os.environ
         True
     """
     os.environ.setdefault(_PREALLOCATE, "false")
+    if jax.config.values["jax_num_cpu_devices"] < 1 and _HOST_DEVICES not in os.environ.get("XLA_FLAGS", ""):
+        # JAX has been used before.
+        with suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", min(usable_cores(), _MOST_HOST_DEVICES))
     untested = untested_versions()
     if untested:
         versions = ", ".join(f"{name} {version} (tested: {TESTED[name]})" for name, version in untested.items())
         _logger.info("not the versions this was tested with: %s", versions)
+
+
+def usable_cores() -> int:
+    """How many cores this process may run on.
+
+    Example:
+        >>> usable_cores() >= 1
+        True
+    """
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache

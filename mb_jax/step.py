@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, suppress
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from bridge.arrays import to_jax, to_torch, torch_dtype_of
+from bridge.arrays import to_jax, to_torch
 from bridge.by_value import ByValue
 from bridge.dtypes import torch_dtypes
 from bridge.keys import surroundings
@@ -34,7 +35,7 @@ from mb_jax.programs import (
 )
 from mb_jax.resident import ResidentData
 from mb_jax.rng import Random, random_state
-from mb_jax.sharding import ONE_DEVICE, placed, same_layout
+from mb_jax.sharding import ONE_DEVICE, Layout, common_layout, placed
 from mb_jax.step_program import Constants, Places, State, StepInputs, StepProgram, Updates
 from mb_torch.backend import StepSpec
 from mb_torch.errors import InvalidInput
@@ -58,7 +59,7 @@ class FusedStep:
         self.spec = spec
         self.backends = list(backends)
         self.num_models = backends[0].spec.num_models
-        self.layout = same_layout([backend.layout for backend in backends])
+        self._share_layout()
         self._pending = PendingGradients()
         self._resident = ResidentData()
         self._programs: ByValue[StepProgram] = ByValue()
@@ -73,6 +74,17 @@ class FusedStep:
         # Compiled programs belong to one object: a copy makes its own.
         return {**self.__dict__, "_programs": ByValue(), "_trainers": {}, "_looks_at_rows": set(), "_present": {}}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._share_layout()
+
+    def _share_layout(self) -> None:
+        layouts = [backend.layout for backend in self.backends]
+        chosen = [backend.options.devices is not None for backend in self.backends]
+        self.layout = common_layout(layouts, chosen)
+        for backend in self.backends:
+            backend.layout = self.layout
+
     def __call__(self, inputs: Any, targets: Any, *, shared_targets: bool) -> tuple[Tensor, Any]:
         """Run one step; return the losses ``[num_models]`` and the loss's aux."""
         with torch_dtypes():
@@ -81,7 +93,7 @@ class FusedStep:
     def _call(self, arguments: Arguments) -> tuple[Tensor, Any]:
         if self._updates_in_program(arguments):
             compiled, results = self._train([arguments.plain()])
-            return self._unpacked(compiled, results)
+            return self._unpacked(compiled, results, self.layout)
         return self._train_in_pieces(arguments)
 
     def run(self, batches: Sequence[tuple[Any, Any]], *, shared_targets: bool) -> tuple[Tensor, Any]:
@@ -111,9 +123,10 @@ class FusedStep:
             except OtherValues:
                 self._looks_at_rows.add(form)
                 return self.run_rows(inputs, targets, rows, shared_targets=shared_targets)
-            latest = results if len(batches) == 1 else [result[-1] for result in results]
-            losses, aux = self._unpacked(compiled, latest)
-            return losses[None] if len(batches) == 1 else _lazily(results[0]), aux
+            if len(batches) == 1:
+                losses, aux = self._unpacked(compiled, results, self.layout)
+                return losses[None], aux
+            return _lazily(results[0]), self._unpacked(compiled, [result[-1] for result in results])[1]
 
     def flush(self) -> None:
         """Make an update of gradients accumulated so far, if there are any."""
@@ -232,7 +245,12 @@ class FusedStep:
         return self._present[id(compiled)]
 
     def _train(self, batches: Sequence[Arguments]) -> tuple[StepProgram, Arrays]:
-        """Run one program over all batches; return it and its results, those of several batches ``[steps, ...]``."""
+        """Run one program over all batches.
+
+        Returns:
+            The program, and its results: those of one batch where the layout has them, those of several batches
+            ``[steps, num_models, ...]``.
+        """
         compiled = self._compiled(batches[0])
         compiled.program.check_serves(batches)
         places, count = compiled.places, len(batches)
@@ -272,7 +290,7 @@ class FusedStep:
         constants = Constants(
             arrays_of(fixed, layout),
             constant_leaves,
-            layout.place(np.ones(self.num_models, bool) if active is None else active.cpu().numpy()),
+            _everyone(self.num_models, layout) if active is None else layout.place(active.cpu().numpy()),
             None if bound is None else layout.place(bound),
             None if random is None else layout.place(random[0]),
         )
@@ -290,7 +308,7 @@ class FusedStep:
                 optimizer.finish_steps(own_pending)
         if random is not None:
             self._advance_streams(active, count)
-        return compiled, [layout.whole(array, axis=int(count > 1)) for array in results]
+        return compiled, results if count == 1 else [layout.whole(array, axis=1) for array in results]
 
     def _leaves(
         self, batches: Sequence[Arguments], mapped: Sequence[bool]
@@ -347,9 +365,9 @@ class FusedStep:
                 for _ in range(count):
                     backend.spec.streams.advance(active)
 
-    def _unpacked(self, compiled: StepProgram, results: Arrays) -> tuple[Tensor, Any]:
+    def _unpacked(self, compiled: StepProgram, results: Arrays, layout: Layout = ONE_DEVICE) -> tuple[Tensor, Any]:
         """Losses, and what the loss returned besides."""
-        unpacked = compiled.program.packing.unpack([_lazily(array) for array in results])
+        unpacked = compiled.program.packing.unpack([_lazily(array, layout) for array in results])
         return unpacked if self.spec.aux else (unpacked, None)
 
     # Steps whose update is not part of the program.
@@ -473,8 +491,17 @@ def _with_part(plan: Plan | None, whole: jax.Array, part: int, values: jax.Array
     return whole.at[order[first : first + plan.sizes[part]]].set(values)
 
 
-def _lazily(array: jax.Array) -> Tensor:
+@cache
+def _everyone(num_models: int, layout: Layout) -> Any:
+    """A mask of active models, where all are."""
+    return layout.place(np.ones(num_models, bool))
+
+
+def _lazily(array: jax.Array, layout: Layout = ONE_DEVICE) -> Tensor:
     """A tensor whose values are waited for when somebody looks."""
-    mirror = MirrorBuffer(torch.empty(array.shape, dtype=torch_dtype_of(array)))
-    mirror.set_array(array)
+    if not array.is_fully_addressable:
+        # All processes have to take part, whether or not somebody looks.
+        array, layout = layout.whole(array), ONE_DEVICE
+    mirror = MirrorBuffer(layout.empty(array))
+    mirror.set_array(array, layout)
     return mirror

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from mb_jax.sharding import ONE_DEVICE, layout_for
+from mb_jax.start import usable_cores
 from mb_jax.step_program import StepProgram
 from mb_torch import DataRouter, InvalidInput, ModelBatch, OptimizerFactory, make_joint_step
 from tests.compare import assert_close, assert_different
@@ -232,7 +233,35 @@ def test_devices_that_do_not_exist(asked: Any) -> None:
         build(4, devices=asked)
 
 
+def joint_loss(first: nn.Module, second: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(first(x) + second(x), y)
+
+
 def test_a_joint_step_needs_one_layout() -> None:
-    one, spread = build(4), build(4, devices=2)
+    one, spread = build(4, devices=1), build(4, devices=2)
     with pytest.raises(InvalidInput, match=r"batches on \[1, 2\] devices"):
-        make_joint_step([one, spread], lambda a, b, x, y: F.cross_entropy(a(x) + b(x), y), [sgd_for(one), None])
+        make_joint_step([one, spread], joint_loss, [sgd_for(one), None])
+
+
+@pytest.mark.parametrize("again", [lambda step: step, copy.deepcopy])
+def test_in_a_joint_step_batches_without_a_choice_follow_the_others(again: Any) -> None:
+    results = []
+    for devices in (1, 3):
+        first, second = build(4), build(4, devices=devices)
+        step = again(make_joint_step([first, second], joint_loss, [sgd_for(first), sgd_for(second)]))
+        losses = [step(*batch) for batch in batches(3)]
+        results.append((torch.stack(losses), [mb.get_model_states() for mb in step._batches]))
+        assert all(devices_of(mb) == {min(devices, 2)} for mb in step._batches)
+    assert_close(results[1], results[0], **BOUND)
+
+
+def test_large_batches_use_a_host_device_for_each_core() -> None:
+    cores = min(usable_cores(), 8)
+    assert layout_for(16, None, 2**16 - 1) is ONE_DEVICE
+    assert layout_for(16, None, 2**16).num_devices == cores
+    mb = ModelBatch([nn.Linear(256, 64) for _ in range(8)], backend="jax")
+    step = mb.make_train_step(F.mse_loss, sgd_for(mb))
+    losses = step(torch.ones(2, 256), torch.zeros(2, 64))
+    assert losses.shape == (8,)
+    assert bool((losses > 0).all())
+    assert devices_of(mb) == {cores}

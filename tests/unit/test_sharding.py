@@ -62,7 +62,7 @@ def test_two_processes(tmp_path: Path) -> None:
         subprocess.Popen(
             [sys.executable, "-m", "tests.sharded.process", address, str(file)],
             cwd=_ROOT,
-            env=_environment(SLURM_PROCID=str(rank), SLURM_NTASKS="2"),
+            env=_environment(SLURM_PROCID=str(rank), SLURM_NTASKS="2", JAX_NUM_CPU_DEVICES="2"),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -76,7 +76,7 @@ def test_two_processes(tmp_path: Path) -> None:
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(texts)[-4000:]
-    expected = {**train(build(4))._asdict(), "devices": 2}
+    expected = {**train(build(4))._asdict(), "devices": 4}
     for file in files:
         assert_close(torch.load(file, weights_only=True), expected, atol=1e-6, rtol=1e-6)
 

@@ -57,6 +57,31 @@ print(ModelBatch([nn.Linear(1, 1)])(torch.ones(1, 1)).shape)
     assert "torch.Size([1, 1, 1])" in printed
 
 
+_DEVICES = """
+import jax
+ModelBatch([nn.Linear(1, 1)], backend="jax")
+print("devices:", jax.device_count())
+"""
+
+
+def test_a_cpu_has_a_device_for_each_core() -> None:
+    assert f"devices: {min(start.usable_cores(), 8)}" in run(_DEVICES)
+
+
+@pytest.mark.parametrize(
+    ("before", "variables", "count"),
+    [
+        ("", {"JAX_NUM_CPU_DEVICES": "3"}, 3),
+        ("", {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, 4),
+        ("import jax; jax.devices()", {}, 1),
+        ("import jax; jax.config.update('jax_num_cpu_devices', 3)", {}, 3),
+    ],
+    ids=["variable", "flag", "used before", "configured before"],
+)
+def test_the_number_of_host_devices_can_be_chosen(before: str, variables: dict[str, str], count: int) -> None:
+    assert f"devices: {count}" in run(before + _DEVICES, **variables)
+
+
 def test_the_start_says_little_and_says_it_once() -> None:
     printed = run("""
 import mb_jax.engine
