@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from jax import lax
 
+from bridge.ops.memory import in_memory
 from bridge.ops.registry import Operation, lowers
 from bridge.ops.windows import padded, per_axis
 
@@ -158,7 +159,7 @@ def _columns(images: jax.Array, gathering: _Gathering) -> jax.Array:
     Looking rows of channels up is several times faster than joining shifted views; backward, adding shifted views up
     is faster than adding to looked-up places.
     """
-    around = _with_padding(images, gathering)
+    around = in_memory(_with_padding(images, gathering))
     count, *sizes, channels = around.shape
     places = np.zeros((1, 1), np.int32)
     for size, windows, kernel, stride, dilation in zip(
@@ -184,7 +185,7 @@ def _added_up(columns: jax.Array, gathering: _Gathering) -> jax.Array:
     """Images from columns, each element added where it was taken from: the transpose of `_columns`."""
     image = jax.ShapeDtypeStruct(gathering.shape, columns.dtype)
     (images,) = jax.linear_transpose(lambda given: _shifted_views(given, gathering), image)(columns)
-    return images
+    return in_memory(images)
 
 
 _columns.defvjp(
