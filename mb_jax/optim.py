@@ -18,6 +18,7 @@ import optax
 import torch
 from torch import Tensor
 
+from bridge.arrays import to_numpy
 from bridge.dtypes import torch_dtypes
 from mb_jax.mirror import MirrorBuffer, MirrorView
 from mb_jax.sharding import ONE_DEVICE, Layout, along
@@ -157,7 +158,7 @@ class JaxOptimizer(StackedOptimizer):
         params: list[Any] = [self._stacks[position].parameter for position in plan.positions]
         layout: Layout = params[0].array_layout
         state = self.mirrors(plan)
-        mask = np.ones(self.num_models, bool) if active is None else active.cpu().numpy()
+        mask = np.ones(self.num_models, bool) if active is None else to_numpy(active)
         given = [layout.place(grads[position]) for position in plan.positions]
         pending = self.begin_steps(plan, active, 1)
         with torch_dtypes():

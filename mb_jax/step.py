@@ -17,14 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridge.arrays import to_jax
+from bridge.arrays import to_jax, to_numpy
 from bridge.dtypes import torch_dtypes
 from mb_jax.mirror import MirrorBuffer
 from mb_jax.optim import JaxOptimizer, arrays_of, keep
-from mb_jax.programs import (
-    OtherValues,
-    signature,
-)
+from mb_jax.programs import OtherValues, signature
 from mb_jax.resident import ResidentData
 from mb_jax.rng import Random
 from mb_jax.sharding import ONE_DEVICE, Layout, placed
@@ -198,7 +195,7 @@ class FusedStep:
         constants = Constants(
             arrays_of(fixed, layout),
             constant_leaves,
-            _everyone(self._context.num_models, layout) if active is None else layout.place(active.cpu().numpy()),
+            _everyone(self._context.num_models, layout) if active is None else layout.place(to_numpy(active)),
             None if bound is None else layout.place(bound),
             None if random is None else layout.place(random[0]),
         )
@@ -257,7 +254,9 @@ class FusedStep:
         clip_norm = self.spec.clip_norm
         if clip_norm is None:
             return None
-        return np.broadcast_to(np.asarray(clip_norm, np.float64), (self._context.num_models,))
+        bounds = to_numpy(clip_norm) if isinstance(clip_norm, Tensor) else clip_norm
+        # A copy, as of all that the program may read after the caller has changed it.
+        return np.broadcast_to(np.array(bounds, np.float64), (self._context.num_models,))
 
     def _unpacked(self, known: KnownProgram, results: Arrays, layout: Layout = ONE_DEVICE) -> tuple[Tensor, Any]:
         """Losses, and what the loss returned besides."""
