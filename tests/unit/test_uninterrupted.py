@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from torch import nn
 from torch.nn import functional as F
 
-from mb_jax import optim, step
+from mb_jax import optim, step, step_in_pieces
 from mb_jax.uninterrupted import Uninterrupted
-from mb_torch import ModelBatch
+from mb_torch import GradScaler, ModelBatch
 from tests.compare import assert_equal
-from tests.contract.base import batches, build, sgd_for, state_of
+from tests.contract.base import batches, build, normed_and_dropping, sgd_for, state_of
 
 needs_alarm = pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="the system has no such signal")
 
@@ -140,17 +139,13 @@ class TestBlock:
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def make() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.25), nn.Linear(8, 3))
-
-
 class Twins:
     """Two equal batches with optimizers; the second one is never interrupted."""
 
     def __init__(self) -> None:
         self.pairs = []
         for _ in range(2):
-            mb = ModelBatch(build(make, 3), seeds=[1, 2, 3], backend="jax")
+            mb = ModelBatch(build(normed_and_dropping, 3), seeds=[1, 2, 3], backend="jax")
             self.pairs.append((mb, sgd_for(mb)))
 
     def states(self) -> list[Any]:
@@ -179,6 +174,10 @@ def by_fused_step(**options: Any) -> Callable[[ModelBatch, Any], Callable[..., A
     return lambda mb, optimizer: mb.make_train_step(F.cross_entropy, optimizer, **options)
 
 
+def in_pieces(mb: ModelBatch, optimizer: Any) -> Callable[..., Any]:
+    return mb.make_train_step(F.cross_entropy, optimizer, scaler=GradScaler(mb.num_models))
+
+
 def by_run(mb: ModelBatch, optimizer: Any) -> Callable[..., Any]:
     own = mb.make_train_step(F.cross_entropy, optimizer)
     return lambda inputs, targets: own.run([(inputs, targets)] * 2)
@@ -197,6 +196,8 @@ WAYS = {
     "fused step": (by_fused_step(), step),
     "fused step with clipping": (by_fused_step(clip_norm=0.1), step),
     "run of two steps": (by_run, step),
+    "step in pieces, buffers": (in_pieces, step_in_pieces),
+    "step in pieces, update": (in_pieces, optim),
     "documented loop": (by_loop, optim),
 }
 
@@ -208,7 +209,8 @@ def test_a_step_is_done_wholly_when_a_signal_comes(way: str, signal_name: str, m
     twins = Twins()
     interrupted, other = (begin(mb, optimizer) for mb, optimizer in twins.pairs)
     first, second, third = batches(3)
-    interrupted(*first), other(*first)
+    interrupted(*first)
+    other(*first)
     twins.assert_equal()
     number, error = (signal.SIGINT, KeyboardInterrupt)
     if signal_name != "SIGINT":
@@ -219,7 +221,8 @@ def test_a_step_is_done_wholly_when_a_signal_comes(way: str, signal_name: str, m
     assert sent == [number]
     other(*second)
     twins.assert_equal()
-    interrupted(*third), other(*third)
+    interrupted(*third)
+    other(*third)
     twins.assert_equal()
 
 
@@ -227,7 +230,8 @@ def test_a_step_is_not_begun_when_a_signal_came_before(monkeypatch: pytest.Monke
     twins = Twins()
     own = by_fused_step()(*twins.pairs[0])
     loop = by_fused_step()(*twins.pairs[1])
-    own(*batches(1)[0]), loop(*batches(1)[0])
+    own(*batches(1)[0])
+    loop(*batches(1)[0])
     arrays_of = step.arrays_of
 
     def interrupted(*arguments: Any) -> Any:
@@ -239,5 +243,6 @@ def test_a_step_is_not_begun_when_a_signal_came_before(monkeypatch: pytest.Monke
         with pytest.raises(KeyboardInterrupt):
             own(*batches(2)[1])
     twins.assert_equal()
-    own(*batches(2)[1]), loop(*batches(2)[1])
+    own(*batches(2)[1])
+    loop(*batches(2)[1])
     twins.assert_equal()
