@@ -38,7 +38,10 @@ from bridge.translation import TensorFunction
 from bridge.where import running_module
 from mb_torch.errors import ModelBatchError, Unsupported
 
-_REMEDY = "Write it with operations whose shapes do not depend on values (torch.where, masks), or use backend='torch'."
+_REMEDY = (
+    "Stay within torch operations whose shapes do not depend on values (torch.where, masks; no NumPy, no .item()), or "
+    "use backend='torch'."
+)
 
 
 class LooksAtValues(Unsupported):

@@ -92,9 +92,12 @@ def translate_function(
             return Checked(translation, comparison, taken)
         reason = f"differs from PyTorch by {comparison.largest:.1e} in {comparison.where}"
         refused.append((name, Unsupported(reason)))
-    if len(refused) == 1:
-        raise refused[0][1]
-    raise Unsupported("no translation to JAX; " + "; ".join(f"{name}: {reason}" for name, reason in refused))
+    (_, first), *others = refused
+    if not others:
+        raise first
+    lines = [f"{name}: {str(reason).removeprefix(name).lstrip(' :')}" for name, reason in others]
+    # The first is our own, whose reason says most about the function.
+    raise Unsupported("\n  ".join([f"no translation to JAX: {first.problem}", *lines]), fix=first.fix)
 
 
 def _comparison(

@@ -142,7 +142,7 @@ class JaxOptimizer(StackedOptimizer):
         """Count updates whose program has run."""
         for clock, counters in pending.counters.items():
             self._stacked_state.clocks[clock] = counters
-        self.updates_done += pending.updates
+        self.count_updates(pending.updates)
 
     def mirrors(self, plan: UpdatePlan) -> dict[str, list[MirrorBuffer]]:
         """The state tensors that an update changes, by name."""

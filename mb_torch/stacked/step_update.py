@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 
 import torch
@@ -13,7 +14,7 @@ from mb_torch.clipping import clip_gradients_, rows, separate
 from mb_torch.errors import InvalidInput, Unsupported
 from mb_torch.stacked.definition import Definition
 from mb_torch.stacked.optim import StackedOptimizer
-from mb_torch.stacked.views import PerModelOptimizer
+from mb_torch.stacked.views import PerModelOptimizer, ViewOptimizer
 
 Place = tuple[int, int]
 """A trained stack: which definition, and its position among that definition's tensors."""
@@ -165,6 +166,13 @@ def updates_exactly(optimizer: torch.optim.Optimizer, stacks: list[Tensor]) -> b
 def check_optimizer(definition: Definition, optimizer: torch.optim.Optimizer, spec: StepSpec) -> None:
     """Raise unless the optimizer trains this batch and can do what the step asks of it."""
     per_model = isinstance(optimizer, PerModelOptimizer)
+    optimizer_cls = optimizer.optimizer_cls if isinstance(optimizer, ViewOptimizer) else type(optimizer)
+    closure = inspect.signature(optimizer_cls.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise Unsupported(
+            f"{optimizer_cls.__name__} needs a closure that evaluates the loss anew; a training step evaluates it once",
+            fix="Train these models one by one, or choose another optimizer.",
+        )
     given = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if isinstance(optimizer, PerModelOptimizer):
         given = list(optimizer.stacks.values())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mb_torch import GradScaler, InvalidInput, ModelBatch, OptimizerFactory
+from mb_torch import GradScaler, InvalidInput, ModelBatch, OptimizerFactory, Unsupported
 from tests.compare import assert_close, assert_different, assert_equal
 from tests.contract.base import (
     ContractBase,
@@ -93,6 +93,20 @@ class StepsContract(ContractBase):
     @counts
     def test_run_equals_single_steps(self, count: int) -> None:
         self.check_step(normed, count=count, run=True)
+
+    def test_a_scheduler_of_torch_sees_the_updates_of_steps(self) -> None:
+        """Warnings are errors here, and torch warns about a scheduler that is stepped before its optimizer."""
+        mb = self.batch(build(mlp, 2))
+        optimizer = sgd_for(mb)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        mb.make_train_step(F.cross_entropy, optimizer)(features(), labels())
+        scheduler.step()
+        assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.025]
+
+    def test_an_optimizer_that_evaluates_the_loss_itself_is_refused(self) -> None:
+        mb = self.batch(build(mlp, 2))
+        with pytest.raises(Unsupported, match="LBFGS needs a closure .* one by one, or choose another optimizer"):
+            mb.make_train_step(F.cross_entropy, torch.optim.LBFGS(mb.parameters()))
 
     @pytest.mark.parametrize("steps", [1, 4])
     @pytest.mark.parametrize("per_model", [False, True])

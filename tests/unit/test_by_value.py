@@ -180,9 +180,7 @@ def test_random_numbers_in_new_tensors_are_drawn_anew(draw: Callable[[Tensor], T
     ],
 )
 def test_what_is_not_known_is_not_written_into_known_tensors(write: Callable[[Tensor, Tensor], Tensor]) -> None:
-    with pytest.raises(
-        Unsupported, match=r"writes what is not known into a tensor of known(.|\n)*torch\.zeros"
-    ):
+    with pytest.raises(Unsupported, match=r"writes what is not known into a tensor of known(.|\n)*torch\.zeros"):
         translated(lambda x, n: x[: n.max()].sum() + write(x, n + 1), X, tensor([1, 2]))
 
 
