@@ -30,6 +30,7 @@ from mb_jax.rng import Random, random_state
 from mb_jax.sharding import EVERYWHERE, ONE_DEVICE, Layout, along, layout_for, placed
 from mb_jax.start import announce, installed_versions, prepare, untested_versions, use_cache
 from mb_jax.step import FusedStep
+from mb_jax.uninterrupted import Uninterrupted
 from mb_torch.backend import Backend, BatchSpec, Capabilities, Step, StepSpec, create_backend
 from mb_torch.errors import InvalidInput
 from mb_torch.stacked.arguments import Arguments
@@ -132,7 +133,8 @@ class JaxBackend:
             results, changed = self._run(
                 forward, mirrors, arrays_of(mirrors, self.layout), arguments, self.random(forward.program)
             )
-            keep([mirrors[position] for position in forward.program.changed], changed, self.layout)
+            with Uninterrupted():
+                keep([mirrors[position] for position in forward.program.changed], changed, self.layout)
         else:
             forward, results = self._run_parts(plan, mirrors, arguments)
         if forward.program.draws and self.spec.streams is not None:
