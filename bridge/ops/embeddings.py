@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import torch
 from jax import lax
 
+from bridge.ops.bounds import from_start, read
 from bridge.ops.registry import Operation, lowers
 
 aten = torch.ops.aten
@@ -42,7 +43,7 @@ def embedding(
 
 
 def _rows(weight: jax.Array, indices: jax.Array, padding_idx: int, scale_grad_by_freq: bool) -> jax.Array:
-    rows = weight.at[indices].get(mode="fill", fill_value=jnp.nan)
+    rows = read(weight, from_start(indices, weight.shape[0]))
     if scale_grad_by_freq:
         count = jnp.zeros(weight.shape[0], weight.dtype).at[indices.reshape(-1)].add(1)
         rows = _with_gradient_times(rows, 1 / count[indices][..., None])

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from jax import Array, lax
 
+from bridge.ops.bounds import from_start, read, read_along
 from bridge.ops.pointwise import as_array, with_slope_of
 from bridge.ops.registry import Operation, lowers
 from mb_torch.errors import Unsupported
@@ -43,13 +44,19 @@ def _subscript(indices: Index) -> tuple[Any, ...]:
     return tuple(slice(None) if index is None else index for index in indices)
 
 
-@lowers(aten.index.Tensor, aten._unsafe_index.Tensor)
+@lowers(aten.index.Tensor)
 def _index(operation: Operation, value: Array, indices: Index) -> Array:
     if any(index is not None and index.dtype in (jnp.bool_, jnp.uint8) for index in indices):
         raise Unsupported(
             "the number of elements that a mask selects depends on values",
             fix="Use torch.where or multiply by the mask.",
         )
+    return read(value, _subscript(indices))
+
+
+@lowers(aten._unsafe_index.Tensor)
+def _index_inside(operation: Operation, value: Array, indices: Index) -> Array:
+    """Decompositions know that their positions are inside, so nothing is checked."""
     return value[_subscript(indices)]
 
 
@@ -105,7 +112,10 @@ def _put_where(value: Array, mask: Array | None, start: int, values: Array, accu
 
 @lowers(aten.index_select.default)
 def _index_select(operation: Operation, value: Array, dim: int, index: Array) -> Array:
-    return jnp.take(_at_least_1d(value), _at_least_1d(index), axis=dim).reshape(operation.shape)
+    rows = _at_least_1d(value)
+    dim %= rows.ndim
+    index = from_start(_at_least_1d(index), rows.shape[dim])
+    return read(rows, (*[slice(None)] * dim, index)).reshape(operation.shape)
 
 
 def _rows_changed(value: Array, dim: int, index: Array, source: Array, how: str) -> Array:
@@ -169,7 +179,7 @@ def _gather(operation: Operation, value: Array, dim: int, index: Array, *, spars
         return jnp.zeros(index.shape, value.dtype)
     value, index = _at_least_1d(value), _at_least_1d(index)
     dim %= value.ndim
-    return jnp.take_along_axis(_cropped(value, index, dim), index, axis=dim).reshape(operation.shape)
+    return read_along(_cropped(value, index, dim), index, dim).reshape(operation.shape)
 
 
 @lowers(aten.take_along_dim.default)
@@ -326,7 +336,7 @@ def _masked_scatter(operation: Operation, value: Array, mask: Array, source: Arr
 
 @lowers(aten.take.default)
 def _take(operation: Operation, value: Array, index: Array) -> Array:
-    return value.reshape(-1)[index]
+    return read(value.reshape(-1), index)
 
 
 @lowers(aten.put.default)
