@@ -1,8 +1,9 @@
 """What a position outside of an array gives.
 
 PyTorch raises, which a compiled program cannot. So the result is loudly wrong: NaN, of integers the smallest there is
-(of unsigned ones the largest). Booleans have no such value. An element of theirs counts as true where it is read, and
-nothing is written outside.
+(of unsigned ones the largest). What should be written outside is that, too, in the nearest place; and so is everything
+that is written together with it, because of what is written twice in one place only one remains. Booleans have no such
+value: they are true where they are read outside, and are written in the nearest place as they are.
 """
 
 from __future__ import annotations
@@ -40,4 +41,14 @@ def read_along(value: Array, index: Array, axis: int) -> Array:
     return jnp.take_along_axis(value, index, axis=axis, mode="fill", fill_value=alarm(value.dtype))
 
 
-__all__ = ["alarm", "from_start", "read", "read_along"]
+def is_inside(index: Array, size: int, *, from_end: bool = False) -> Array:
+    """Where positions exist; with ``from_end`` negative ones may count from the end."""
+    return (index >= (-size if from_end else 0)) & (index < size)
+
+
+def or_alarm(source: Array, inside: Array) -> Array:
+    """What is written somewhere, or the alarm in its place; booleans stay."""
+    return source if source.dtype == jnp.bool_ else jnp.where(inside, source, alarm(source.dtype))
+
+
+__all__ = ["alarm", "from_start", "is_inside", "or_alarm", "read", "read_along"]

@@ -95,8 +95,9 @@ def _multi_margin_loss(
 ) -> Array:
     rows, targets = jnp.atleast_2d(scores), jnp.atleast_1d(target)
     own = read_along(rows, targets[:, None], 1)
-    short = jnp.maximum(margin - own + rows, 0)
-    short = jnp.where(margin - own + rows > 0, short, 0)
+    short = margin - own + rows
+    # So that NaN, for a target that is no class, stays.
+    short = jnp.where(short <= 0, 0, short)
     losses = short if p == 1 else short * short
     if weight is not None:
         losses = losses * weight[targets][:, None]
@@ -107,13 +108,13 @@ def _multi_margin_loss(
 @lowers(aten.multilabel_margin_loss_forward.default)
 def _multilabel_margin_loss(operation: Operation, scores: Array, target: Array, reduction: int) -> tuple[Array, Array]:
     rows, targets = jnp.atleast_2d(scores), jnp.atleast_2d(target)
-    # Targets count up to the first negative one.
-    listed = jnp.cumprod(targets >= 0, axis=1).astype(bool)
+    # Targets count up to the first -1. Any other number that is no class gives NaN, where PyTorch raises.
+    listed = jnp.cumprod(targets != -1, axis=1).astype(bool)
     safe = jnp.where(listed, targets, 0)
     classes = jnp.arange(rows.shape[1])
     is_target = jnp.any(listed[:, :, None] & (safe[:, :, None] == classes), axis=1)
     distance = 1 - read_along(rows, safe, 1)[:, :, None] + rows[:, None, :]
-    counted = listed[:, :, None] & ~is_target[:, None, :] & (distance > 0)
+    counted = listed[:, :, None] & ~is_target[:, None, :] & ~(distance <= 0)
     losses = jnp.sum(jnp.where(counted, distance, 0), axis=(1, 2)) / rows.shape[1]
     return _reduced(losses.reshape(scores.shape[:-1]), reduction), is_target.reshape(target.shape)
 
