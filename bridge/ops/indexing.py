@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -95,7 +96,7 @@ def _index_put(operation: Operation, value: Array, indices: Index, values: Array
         for index, size in zip(indices, value.shape, strict=False)
         if index is not None
     ]
-    values = or_alarm(values, jnp.all(jnp.stack(inside)))
+    values = or_alarm(values, functools.reduce(jnp.logical_and, inside, jnp.asarray(True)))
     return changed(value, _subscript(indices), values, "add" if accumulate else "set")
 
 
