@@ -164,7 +164,9 @@ class ByValue(Generic[Entry]):
         self._places[form] = every
         self._entries[form, _values(arguments, every)] = entry
         if len(self._entries) > _KEPT:
-            self._entries.popitem(last=False)
+            (oldest, _), _ = self._entries.popitem(last=False)
+            if all(other != oldest for other, _ in self._entries):
+                del self._places[oldest]
         self._num_made[bool(every)] += 1
         if self._num_made[bool(every)] == _MANY:
             logger.warning(_MANY_SETS if every else _MANY_FORMS, _MANY)

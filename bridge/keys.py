@@ -91,7 +91,7 @@ def _parts(value: Any) -> Iterable[Any]:
     if isinstance(value, (Namespace, SimpleNamespace)):
         return vars(value).items()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [getattr(value, field.name) for field in dataclasses.fields(value)]
+        return [getattr(value, field.name, None) for field in dataclasses.fields(value)]
     raise _NotOfValues
 
 

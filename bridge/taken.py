@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from bridge.in_place import changed_arguments
 from bridge.translation import TensorFunction
 from mb_torch.errors import Unsupported
 
@@ -23,7 +24,8 @@ def taken_by(function: TensorFunction, inputs: Sequence[Tensor]) -> list[Tensor]
     index of theirs is out of range.
 
     Raises:
-        Unsupported: It draws random numbers of Python's or NumPy's: a recording would draw them only once.
+        Unsupported: It draws random numbers of Python's or NumPy's global generators, or writes to a tensor that it
+            took from elsewhere: a recording would do both only once. They are put back as they were.
 
     Example:
         >>> factor = torch.tensor(2.0)
@@ -34,20 +36,22 @@ def taken_by(function: TensorFunction, inputs: Sequence[Tensor]) -> list[Tensor]
         leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs]
         # Copies: the function may change its inputs in place.
         given = [leaf.clone() for leaf in leaves]
-        before = _random_states()
+        of_python, of_numpy = random.getstate(), np.random.get_state()
         with _Foreign(given) as foreign:
             function(given)
-    if _random_states() != before:
+    if random.getstate() != of_python or not _equal(np.random.get_state(), of_numpy):
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
         raise Unsupported(
             "random numbers of Python's random or of numpy.random are drawn, which a compiled program does only once",
             fix="Draw with PyTorch (torch.rand and torch.where on it), or use backend='torch'.",
         )
+    foreign.refuse_changes()
     return foreign.tensors
 
 
-def _random_states() -> tuple[Any, ...]:
-    kind, keys, *position = np.random.get_state()
-    return random.getstate(), kind, np.asarray(keys).tobytes(), position
+def _equal(state: Any, other: Any) -> bool:
+    return all(np.array_equal(one, two) for one, two in zip(state, other, strict=True))
 
 
 class _Foreign(TorchFunctionMode):
@@ -56,6 +60,8 @@ class _Foreign(TorchFunctionMode):
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
         self.tensors: list[Tensor] = []
+        self._versions: list[int] = []
+        self._before: dict[int, Tensor] = {}
         # By identity; holding the tensors keeps identities their own.
         self._seen = {id(tensor): tensor for tensor in inputs}
 
@@ -66,12 +72,32 @@ class _Foreign(TorchFunctionMode):
         for leaf in pytree.tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor) and id(leaf) not in self._seen:
                 self.tensors.append(leaf)
+                self._versions.append(0 if leaf.is_inference() else leaf._version)
                 self._seen[id(leaf)] = leaf
+        for changed in changed_arguments(func, args, kwargs):
+            if any(changed is own for own in self.tensors) and id(changed) not in self._before:
+                self._before[id(changed)] = changed.detach().clone()
         result = func(*args, **kwargs)
         for leaf in pytree.tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._seen[id(leaf)] = leaf
         return result
+
+    def refuse_changes(self) -> None:
+        """Raise `Unsupported` if one of the tensors was changed; it is put back."""
+        pairs = zip(self.tensors, self._versions, strict=True)
+        changed = [one for one, version in pairs if not one.is_inference() and one._version != version]
+        if not changed:
+            return
+        with torch.no_grad():
+            for one in changed:
+                if id(one) in self._before:
+                    one.copy_(self._before[id(one)])
+        shapes = ", ".join(f"{one.dtype} of shape {tuple(one.shape)}" for one in changed)
+        raise Unsupported(
+            f"a tensor from outside is written to ({shapes}), which a compiled program does only once",
+            fix="Register it as a buffer of the model, or use backend='torch'.",
+        )
 
 
 def is_written_by_torch_only(tensor: Tensor) -> bool:

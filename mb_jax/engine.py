@@ -24,7 +24,7 @@ from mb_jax.convolution import convolution_form
 from mb_jax.mirror import MirrorBuffer, MirrorParameter, as_mirrors
 from mb_jax.optim import JaxOptimizer, MirrorStack, arrays_of, keep
 from mb_jax.options import JaxOptions
-from mb_jax.outside import methods_of, read_by, settings
+from mb_jax.outside import own_forwards, read_by, settings
 from mb_jax.programs import ModelProgram, over_models, part_of, shared, signature
 from mb_jax.rng import Random, random_state
 from mb_jax.sharding import EVERYWHERE, ONE_DEVICE, Layout, along, layout_for, placed
@@ -87,7 +87,7 @@ class JaxBackend:
         self.layout = layout_for(self.spec.num_models, self.options.devices, num_numbers)
         self.definition = Definition(self.spec.prototype, self.spec.state)
         self.modules = list(self.spec.prototype.modules())
-        self._methods = methods_of(self.modules)
+        self._forwards_of_users = own_forwards(self.modules)
         self._forwards: ByValue[_Forward] = ByValue()
         self._steps: WeakSet[FusedStep] = WeakSet()
         self.log = CompileLog()
@@ -142,7 +142,7 @@ class JaxBackend:
         return forward.program.packing.unpack(results)
 
     def _forward(self, arguments: Arguments, num_models: int, layout: Layout) -> _Forward:
-        key = (signature(arguments), num_models, layout, self.built_in(), surroundings())
+        key = self._key(arguments, num_models, layout)
         known = self._forwards.get(key, arguments.leaves)
         if known is None or not known.program.is_current():
             program = ModelProgram(
@@ -156,14 +156,19 @@ class JaxBackend:
                 tried=self._forwards.places(key),
             )
             known = self._compiled(program, arguments, num_models, layout)
+            # Anew: a forward pass may leave something in its module, a counter say, and has run.
+            key = self._key(arguments, num_models, layout)
             self._forwards.put(key, program.by_value, arguments.leaves, known)
         return known
+
+    def _key(self, arguments: Arguments, num_models: int, layout: Layout) -> Hashable:
+        return signature(arguments), num_models, layout, self.built_in(), surroundings()
 
     def built_in(self) -> Hashable:
         """What programs have built in of the models: settings, what their methods read, dtypes, who is trained."""
         tensors = [*self.spec.state.parameters.values(), *self.spec.state.buffers.values()]
         kinds = tuple([(tensor.dtype, tensor.requires_grad) for tensor in tensors])
-        return settings(self.modules), tuple([read_by(method) for method in self._methods]), kinds
+        return settings(self.modules), read_by(*self._forwards_of_users), kinds
 
     def _compiled(self, program: ModelProgram, arguments: Arguments, num_models: int, layout: Layout) -> _Forward:
         tensors = [

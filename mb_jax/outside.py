@@ -1,15 +1,19 @@
 """What decides about a program besides its arguments: settings of modules, and what functions read from elsewhere.
 
-A program has such values built in, so they are part of what it is found by. They are read before each call.
+A program has such values built in, so they are part of what it is found by. They are read before each call: only those
+that the code can read, and each of them once.
 """
 
 from __future__ import annotations
 
+import dis
 import functools
 import logging
 import sys
 import types
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -23,6 +27,7 @@ _logger = logging.getLogger("modelbatch.jax")
 
 _SETTINGS = PLAIN | {tuple, list, np.ndarray, Tensor}
 _LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "jax", "mb_torch", "mb_jax", "bridge"}
+_MOST_ENTRIES = 10_000
 
 
 def settings(modules: Sequence[nn.Module]) -> Hashable:
@@ -34,13 +39,13 @@ def settings(modules: Sequence[nn.Module]) -> Hashable:
         for value in vars(module).values()
         if value.__class__ in _SETTINGS
     ]
-    hooks = [
-        Same(hook)
-        for module in modules
-        if module._forward_hooks or module._forward_pre_hooks
-        for hook in _hooks(module)
-    ]
-    return tuple(plain), tuple(hooks)
+    hooked = [module for module in modules if module._forward_hooks or module._forward_pre_hooks]
+    return tuple(plain), tuple([Same(hook) for module in hooked for hook in _hooks(module)])
+
+
+def _setting(value: Any) -> Hashable:
+    # Other lists are what a pass leaves behind, PyTorch's own among them, which is not what a module does.
+    return value_key(value) if isinstance(value, list) else constant_key(value)
 
 
 def warn_of_differences(definition: Definition) -> None:
@@ -64,33 +69,42 @@ def _warn(text: str) -> None:
     _logger.warning("%s", text)
 
 
+@contextmanager
+def plain_attributes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put plain attributes back that a forward pass changes within the block, a counter say.
+
+    A recording runs the pass a few times and later steps do not, so what it counts is nothing to go by; and a changed
+    attribute would ask for the next recording.
+    """
+    before = [
+        (vars(module), {name: value for name, value in vars(module).items() if type(value) in PLAIN})
+        for module in modules
+    ]
+    try:
+        yield
+    finally:
+        for attributes, plain in before:
+            attributes.update(plain)
+
+
 def _hooks(module: nn.Module) -> list[Any]:
     return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
 
 
-def _setting(value: Any) -> Hashable:
-    # Other lists are what a pass leaves behind, PyTorch's own among them, which is not what a module does.
-    return value_key(value) if isinstance(value, list) else _key(value)
+def own_forwards(modules: Sequence[nn.Module]) -> list[Callable[..., Any]]:
+    """The forward methods of those modules whose classes are not PyTorch's."""
+    return [module.forward for module in modules if not _is_library(type(module))]
 
 
-def _key(value: Any) -> Hashable:
-    return Same(value) if isinstance(value, Tensor) else constant_key(value)
+def read_by(*functions: Callable[..., Any]) -> Hashable:
+    """What functions are, and what they read from outside: closures, defaults, globals, attributes of objects.
 
-
-def methods_of(modules: Sequence[nn.Module]) -> list[types.FunctionType]:
-    """The methods of those modules' classes that are not PyTorch's."""
-    classes = dict.fromkeys(cls for module in modules for cls in type(module).__mro__ if not _is_library(cls))
-    return [member for cls in classes for member in vars(cls).values() if isinstance(member, types.FunctionType)]
-
-
-def read_by(function: Callable[..., Any], seen: frozenset[int] = frozenset()) -> Hashable:
-    """Values that a function reads from outside: its closure, defaults, globals, and the object or module it is of.
-
-    Of objects that are not made of plain values, those attributes count that the function's code names.
+    Containers count entry by entry, as long as they have at most 10,000, tensors by identity, other objects by those
+    attributes that the code names, methods and properties by what these read in turn. Two sets of functions have equal
+    keys if they compute the same from equal arguments.
 
     Args:
-        function: A function, module, bound method, partial or callable object.
-        seen: Functions that are being looked at: a recursive one has caught itself.
+        functions: Functions, modules, bound methods, partials, callable objects.
 
     Example:
         >>> weight = {"of": 1.0}
@@ -100,60 +114,138 @@ def read_by(function: Callable[..., Any], seen: frozenset[int] = frozenset()) ->
         >>> read_by(loss) == before
         False
     """
-    function = getattr(function, "plain_loss", function)
-    if id(function) in seen:
-        return None
-    seen = seen | {id(function)}
-    if isinstance(function, nn.Module):
-        modules = list(function.modules())
-        tensors = [*function.parameters(), *function.buffers()]
-        methods = tuple([read_by(method, seen) for method in methods_of(modules)])
-        return settings(modules), tuple(map(Same, tensors)), methods
-    if isinstance(function, functools.partial):
-        given = (*function.args, *function.keywords.values())
-        return read_by(function.func, seen), tuple([_read(value, frozenset(), seen) for value in given])
-    if isinstance(function, types.MethodType):
-        return _attributes(function.__self__, seen), read_by(function.__func__, seen)
-    if not isinstance(function, types.FunctionType):
+    reader = _Reader()
+    return tuple([reader.function(function) for function in functions])
+
+
+class _Reader:
+    """One walk over what functions read; what has been read is not read again."""
+
+    def __init__(self) -> None:
+        # By identity; holding the objects keeps identities their own.
+        self._seen: dict[tuple[int, int], Any] = {}
+
+    def _is_new(self, value: Any, owner: Any = None) -> bool:
+        place = id(value), id(owner)
+        if place in self._seen:
+            return False
+        self._seen[place] = value, owner
+        return True
+
+    def function(self, function: Any) -> Hashable:
+        """A key for anything callable."""
+        if isinstance(function, nn.Module):
+            return self._module(function)
+        if isinstance(function, functools.partial):
+            given = [*enumerate(function.args), *function.keywords.items()]
+            return self.function(function.func), tuple([(key, self._read(v, _NO_NAMES)) for key, v in given])
+        if isinstance(function, types.MethodType):
+            method: Any = function.__func__
+            return self._code(method, function.__self__)
+        if isinstance(function, types.FunctionType):
+            return self._code(function, None)
         call: Any = type(function).__call__
-        return _attributes(function, seen), read_by(call, seen) if isinstance(call, types.FunctionType) else None
-    if _is_library(function):
-        return None
-    names = _names(function.__code__)
-    outside = function.__globals__
-    values = [
-        *(cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)),
-        *(function.__defaults__ or ()),
-        *(function.__kwdefaults__ or {}).values(),
-        *vars(function).values(),
-        *(outside[name] for name in names if name in outside),
-    ]
-    return tuple([_read(value, names, seen) for value in values])
+        if isinstance(call, types.FunctionType) and not _is_library(type(function)):
+            return self._code(call, function)
+        plain = vars(function).get("plain_loss") if hasattr(function, "__dict__") else None
+        return constant_key(function) if plain is None else self.function(plain)
 
-
-def _attributes(owner: Any, seen: frozenset[int]) -> Hashable:
-    if isinstance(owner, types.ModuleType):
-        return None
-    return tuple([_read(value, frozenset(), seen) for value in getattr(owner, "__dict__", {}).values()])
-
-
-def _read(value: Any, names: frozenset[str], seen: frozenset[int]) -> Hashable:
-    """A key for a value that a function reads, whose code has these names in it."""
-    if isinstance(value, (nn.Module, types.FunctionType, types.MethodType, functools.partial)):
-        return read_by(value, seen)
-    key = value_key(value)
-    if key is not None:
-        return key
-    if isinstance(value, (types.ModuleType, type)):
-        if _is_library(value):
+    def _module(self, module: nn.Module) -> Hashable:
+        if not self._is_new(module):
             return None
-    elif isinstance(value, Tensor) or not hasattr(value, "__dict__"):
-        return _key(value)
-    if id(value) in seen:
-        return None
-    attributes = vars(value)
-    seen = seen | {id(value)}
-    return Same(value), tuple([_read(attributes[name], names, seen) for name in names if name in attributes])
+        modules = list(module.modules())
+        tensors = [*module.parameters(), *module.buffers()]
+        forwards = tuple([self.function(forward) for forward in own_forwards(modules)])
+        return tuple(map(type, modules)), settings(modules), tuple(map(Same, tensors)), forwards
+
+    def _code(self, function: types.FunctionType, owner: Any) -> Hashable:
+        """A key for a function, whose first argument is an object if it is a method of one."""
+        if _is_library(function):
+            return Same(function)
+        if not self._is_new(function, owner):
+            return function.__code__
+        global_names, names = _names(function.__code__)
+        outside = function.__globals__
+        values = [
+            *(cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)),
+            *(function.__defaults__ or ()),
+            *(function.__kwdefaults__ or {}).values(),
+            *vars(function).values(),
+            *(outside[name] for name in global_names if name in outside),
+        ]
+        of_owner = None if owner is None else self._object(owner, names)
+        return function.__code__, of_owner, tuple([self._read(value, names) for value in values])
+
+    def _read(self, value: Any, names: frozenset[str]) -> Hashable:
+        """A key for a value that a function reads, whose code has these names of attributes in it."""
+        try:
+            return self._key_of(value, names)
+        except Exception:  # whatever an object of the user's raises when it is looked at
+            return Same(value)
+
+    def _key_of(self, value: Any, names: frozenset[str]) -> Hashable:
+        cls = type(value)
+        if cls in PLAIN:
+            return cls, value
+        if isinstance(value, Tensor):
+            return Same(value)
+        if isinstance(value, np.ndarray):
+            return constant_key(value)
+        if isinstance(value, _CALLABLE):
+            return self.function(value)
+        if isinstance(value, (types.ModuleType, type)):
+            return Same(value) if _is_library(value) else (Same(value), self._object(value, names))
+        if isinstance(value, (Mapping, Sequence, Set, deque)):
+            return cls, self._entries(value, names), self._object(value, names)
+        if _is_library(cls) or not (hasattr(value, "__dict__") or hasattr(cls, "__slots__")):
+            return constant_key(value), self._object(value, names)
+        call = _of_class(cls, "__call__")
+        return cls, self._object(value, names), None if call is None else self.function(value)
+
+    def _entries(self, container: Any, names: frozenset[str]) -> Hashable:
+        if not self._is_new(container):
+            return None
+        if len(container) > _MOST_ENTRIES:
+            return Same(container), len(container)
+        if isinstance(container, Mapping):
+            return tuple([(constant_key(key), self._read(value, names)) for key, value in container.items()])
+        read = [self._read(value, names) for value in container]
+        return frozenset(read) if isinstance(container, Set) else tuple(read)
+
+    def _object(self, value: Any, names: frozenset[str]) -> Hashable:
+        """A key for those attributes of an object, class or module that have these names."""
+        own = getattr(value, "__dict__", {})
+        found = []
+        for name in names:
+            if name in own:
+                found.append((name, self._member(own[name], value, names)))
+            elif not isinstance(value, types.ModuleType):
+                member = _of_class(value if isinstance(value, type) else type(value), name)
+                if member is not None:
+                    found.append((name, self._member(member, value, names)))
+        return frozenset(found)
+
+    def _member(self, member: Any, owner: Any, names: frozenset[str]) -> Hashable:
+        place = (member, owner)
+        if isinstance(member, (classmethod, staticmethod)):
+            member = member.__func__
+        elif isinstance(member, property):
+            member = member.fget
+        elif isinstance(member, types.MemberDescriptorType):
+            # Of a class with slots; one that is empty has nothing to read.
+            member = getattr(owner, member.__name__, None)
+        if isinstance(member, types.FunctionType):
+            return self._code(member, None if isinstance(owner, (type, types.ModuleType)) else owner)
+        return self._read(member, names) if self._is_new(*place) or type(member) in PLAIN else None
+
+
+_NO_NAMES: frozenset[str] = frozenset()
+_CALLABLE = (nn.Module, types.FunctionType, types.MethodType, functools.partial)
+
+
+def _of_class(cls: type, name: str) -> Any:
+    """What a class that is not a library's has under a name, itself or from another such class."""
+    return next((vars(own)[name] for own in cls.__mro__ if name in vars(own) and not _is_library(own)), None)
 
 
 def _is_library(value: Any) -> bool:
@@ -164,13 +256,28 @@ def _is_library(value: Any) -> bool:
 
 
 @cache
-def _names(code: types.CodeType) -> frozenset[str]:
-    """Names of globals and attributes in a function, and in those that it defines."""
-    return frozenset(code.co_names).union(*[_names(inner) for inner in _inner(code)])
+def _names(code: types.CodeType) -> tuple[tuple[str, ...], frozenset[str]]:
+    """Names of globals that a function reads, and of attributes, in those functions too that it defines.
+
+    Text counts as a name of an attribute, for ``getattr(settings, "rate")``.
+    """
+    global_names: dict[str, None] = {}
+    attributes: set[str] = set()
+    for own in _with_inner(code):
+        for instruction in dis.get_instructions(own):
+            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                global_names[instruction.argval] = None
+            elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
+                attributes.add(instruction.argval)
+        attributes |= {constant for constant in own.co_consts if isinstance(constant, str) and constant.isidentifier()}
+    return tuple(global_names), frozenset(attributes)
 
 
-def _inner(code: types.CodeType) -> Iterator[types.CodeType]:
-    return (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
+def _with_inner(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _with_inner(constant)
 
 
 def _is_filled(cell: Any) -> bool:

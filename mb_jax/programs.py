@@ -15,7 +15,7 @@ from bridge.by_value import Knowable
 from bridge.keys import constant_key
 from bridge.taken import Taken
 from bridge.translators import Checked, translate_function
-from mb_jax.outside import warn_of_differences
+from mb_jax.outside import plain_attributes_kept, warn_of_differences
 from mb_jax.rng import key_of
 from mb_torch.stacked.arguments import Arguments
 from mb_torch.stacked.definition import Definition
@@ -88,14 +88,16 @@ class ModelProgram:
             if isinstance(leaf, Tensor)
         ]
         inputs = [*(tensor for own in example for tensor in own), *own_leaves]
-        self.checked: Checked = translate_function(
-            self._flat,
-            inputs,
-            [definition.prototype for definition in definitions],
-            translator=translator,
-            verify=verify,
-            knowable=_knowable(arguments, tensor_leaves, tried).after(self.num_tensors),
-        )
+        prototypes = [definition.prototype for definition in definitions]
+        with plain_attributes_kept([module for prototype in prototypes for module in prototype.modules()]):
+            self.checked: Checked = translate_function(
+                self._flat,
+                inputs,
+                prototypes,
+                translator=translator,
+                verify=verify,
+                knowable=_knowable(arguments, tensor_leaves, tried).after(self.num_tensors),
+            )
         translation = self.checked.translation
         self.by_value = [tensor_leaves[position - self.num_tensors] for position in translation.known or ()]
         self._taken = [Taken(tensor) for tensor in self.checked.taken]

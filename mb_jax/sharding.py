@@ -113,7 +113,10 @@ class Layout:
 
 def _without_values(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     # What reads memory past PyTorch's functions (torch.tensor) sees these.
-    return torch.full(shape, torch.nan if dtype.is_floating_point or dtype.is_complex else 0, dtype=dtype)
+    if dtype == torch.bool:
+        return torch.zeros(shape, dtype=dtype)
+    smooth = dtype.is_floating_point or dtype.is_complex
+    return torch.full(shape, torch.nan if smooth else torch.iinfo(dtype).min, dtype=dtype)
 
 
 ONE_DEVICE = Layout()

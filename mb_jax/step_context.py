@@ -97,17 +97,17 @@ class StepContext:
 
     def program(self, arguments: Arguments) -> KnownProgram:
         """Return the program for arguments of this form; it is translated at first use."""
-        key: Hashable = (
-            signature(arguments),
-            tuple([backend.built_in() for backend in self.backends]),
-            read_by(self.spec.loss_fn),
-            surroundings(),
-        )
+        key = self._key(arguments)
         known = self._programs.get(key, arguments.leaves)
         if known is None or not known.model.is_current():
             known = KnownProgram(self._translated(arguments, self._programs.places(key)))
-            self._programs.put(key, known.model.by_value, arguments.leaves, known)
+            # Anew: models and loss may leave something behind, a counter say, and have run.
+            self._programs.put(self._key(arguments), known.model.by_value, arguments.leaves, known)
         return known
+
+    def _key(self, arguments: Arguments) -> Hashable:
+        models = tuple([backend.built_in() for backend in self.backends])
+        return signature(arguments), models, read_by(self.spec.loss_fn), surroundings()
 
     def reports(self) -> list[dict[str, Any]]:
         """Which translators were used, and how they compared with PyTorch."""

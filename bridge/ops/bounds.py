@@ -3,7 +3,8 @@
 PyTorch raises, which a compiled program cannot. So the result is loudly wrong: NaN, of integers the smallest there is
 (of unsigned ones the largest). What should be written outside is that, too, in the nearest place; and so is everything
 that is written together with it, because of what is written twice in one place only one remains. Booleans have no such
-value: they are true where they are read outside, and are written in the nearest place as they are.
+value: they are true where they are read outside, and are written in the nearest place as they are. Integers that are
+added to others, or compared with them, may lose it.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import functools
 import logging
 import random
 from collections.abc import Callable
@@ -34,6 +36,16 @@ class Settings:
         self.value = 1.0
         self.not_plain = [object()]
 
+    @property
+    def doubled(self) -> float:
+        return 2 * self.value
+
+    def set(self, value: float) -> None:
+        self.value = value
+
+    def halved(self) -> float:
+        return self.value / 2
+
 
 @dataclass
 class Plain:
@@ -44,6 +56,10 @@ def of_a_global(outputs: Tensor) -> Tensor:
     return outputs.square().mean() * FACTOR
 
 
+def scaled(outputs: Tensor, factor: float) -> Tensor:
+    return outputs.square().mean() * factor
+
+
 def through_a_helper(outputs: Tensor) -> Tensor:
     return of_a_global(outputs) + 0
 
@@ -51,9 +67,43 @@ def through_a_helper(outputs: Tensor) -> Tensor:
 class Bound:
     def __init__(self) -> None:
         self.factor = 1.0
+        self.settings = Settings()
 
     def loss(self, outputs: Tensor) -> Tensor:
         return outputs.square().mean() * self.factor
+
+    def loss_of_settings(self, outputs: Tensor) -> Tensor:
+        return outputs.square().mean() * self.settings.value
+
+    def loss_by_helper(self, outputs: Tensor) -> Tensor:
+        return outputs.square().mean() * self._helper()
+
+    def _helper(self) -> float:
+        return self.factor * FACTOR
+
+    def __call__(self, outputs: Tensor) -> Tensor:
+        return self.loss_by_helper(outputs)
+
+
+class Slotted:
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value = 1.0
+
+
+class AttributeDict(dict[str, Any]):
+    __getattr__ = dict.__getitem__
+
+
+class Weighted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.options = {"factor": 1.0, "name": object()}
+        self.space = SimpleNamespace(factor=1.0, name=object())
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        return outputs.square().mean() * (self.options["factor"] * self.space.factor)
 
 
 def _set_global(value: float) -> None:
@@ -77,6 +127,15 @@ def _cases() -> dict[str, Case]:
         return inner
 
     rebound = SimpleNamespace(function=outer(1.0))
+    config = {"of": 1.0, "device": torch.device("cpu"), "numpy": np.float64(1), "tensor": torch.ones(())}
+    functions, slotted, attributes, module = (
+        [outer(1.0)],
+        Slotted(),
+        AttributeDict(value=1.0, other=object()),
+        Weighted(),
+    )
+    counts = collections.OrderedDict(value=1.0, other=object())
+    partial = SimpleNamespace(loss=functools.partial(scaled, factor=1.0))
     return {
         "global": (of_a_global, _set_global),
         "global of a helper": (through_a_helper, _set_global),
@@ -84,11 +143,40 @@ def _cases() -> dict[str, Case]:
         "list": (lambda o: o.square().mean() * numbers[0], lambda v: numbers.__setitem__(0, v)),
         "array": (lambda o: o.square().mean() * float(array[0]), lambda v: array.fill(v)),
         "namespace": (lambda o: o.square().mean() * space.value, lambda v: setattr(space, "value", v)),
-        "object": (lambda o: o.square().mean() * settings.value, lambda v: setattr(settings, "value", v)),
+        "object": (lambda o: o.square().mean() * settings.value, settings.set),
         "class": (lambda o: o.square().mean() * Settings.factor, lambda v: setattr(Settings, "factor", v)),
         "dataclass": (lambda o: o.square().mean() * plain.value, lambda v: setattr(plain, "value", v)),
         "bound method": (bound.loss, lambda v: setattr(bound, "factor", v)),
         "function": (lambda o: rebound.function(o), lambda v: setattr(rebound, "function", outer(v))),
+        "mixed dict": (lambda o: o.square().mean() * config["of"], lambda v: config.update(of=v)),
+        "number of NumPy": (
+            lambda o: o.square().mean() * float(config["numpy"]),
+            lambda v: config.update(numpy=np.float64(v)),
+        ),
+        "replaced tensor": (
+            lambda o: o.square().mean() * config["tensor"],
+            lambda v: config.update(tensor=torch.tensor(v)),
+        ),
+        "list of functions": (lambda o: functions[0](o), lambda v: functions.__setitem__(0, outer(v))),
+        "ordered dict": (lambda o: o.square().mean() * counts["value"], lambda v: counts.update(value=v)),
+        "dict with attributes": (lambda o: o.square().mean() * attributes.value, lambda v: attributes.update(value=v)),
+        "property": (lambda o: o.square().mean() * settings.doubled, settings.set),
+        "method of an object": (
+            lambda o: o.square().mean() * settings.halved(),
+            settings.set,
+        ),
+        "class by instance": (lambda o: o.square().mean() * settings.factor, lambda v: setattr(Settings, "factor", v)),
+        "slots": (lambda o: o.square().mean() * slotted.value, lambda v: setattr(slotted, "value", v)),
+        "getattr": (lambda o: o.square().mean() * getattr(settings, "value", None), settings.set),
+        "attribute of an attribute": (bound.loss_of_settings, lambda v: setattr(bound.settings, "value", v)),
+        "helper of a method": (bound.loss_by_helper, _set_global),
+        "callable object": (bound, lambda v: setattr(bound, "factor", v)),
+        "dict of a module": (module, lambda v: module.options.update(factor=v)),
+        "namespace of a module": (module, lambda v: setattr(module.space, "factor", v)),
+        "partial": (
+            lambda o: partial.loss(o),
+            lambda v: setattr(partial, "loss", functools.partial(scaled, factor=v)),
+        ),
         "tensor": (lambda o: o.square().mean() * scalar, lambda v: scalar.fill_(v)),
         "item": (lambda o: o.square().mean() * scalar.item(), lambda v: scalar.fill_(v)),
         "tolist": (lambda o: o.square().mean() * flag.tolist()[0], lambda v: flag.fill_(int(v))),
@@ -178,6 +266,36 @@ def test_random_numbers_of_python_are_refused(draw: Callable[[], float]) -> None
         ModelBatch([Drops() for _ in range(2)], backend="jax")(X)
 
 
+@pytest.mark.parametrize("view", [False, True])
+def test_writes_to_tensors_from_outside_are_refused(view: bool) -> None:
+    average = torch.ones(3)
+
+    def loss(outputs: Tensor, _: Tensor) -> Tensor:
+        with torch.no_grad():
+            (average[:2] if view else average).mul_(0.5)
+        return outputs.square().mean() * average.sum()
+
+    mb = ModelBatch([nn.Linear(3, 2) for _ in range(2)], backend="jax")
+    optimizer = OptimizerFactory(torch.optim.SGD, {"lr": 0.1}).create_optimizer(mb, [{}] * 2)
+    with pytest.raises(
+        Unsupported, match=r"from outside is written to \(torch\.float32 of shape \(3,\)\)(.|\n)*buffer"
+    ):
+        mb.make_train_step(loss, optimizer)(X, Y)
+    if not view:
+        assert average.tolist() == [1, 1, 1]
+
+
+def test_a_refused_step_leaves_the_random_state_of_python() -> None:
+    random.seed(0)
+    before = random.getstate()
+    mb = ModelBatch([nn.Linear(3, 2) for _ in range(2)], backend="jax")
+    optimizer = OptimizerFactory(torch.optim.SGD, {"lr": 0.1}).create_optimizer(mb, [{}] * 2)
+    step = mb.make_train_step(lambda outputs, _: outputs.sum() * random.random(), optimizer)
+    with pytest.raises(Unsupported):
+        step(X, Y)
+    assert random.getstate() == before
+
+
 def test_constants_of_other_shapes_are_other_programs() -> None:
     class Weighted(nn.Module):
         def __init__(self, *shape: int) -> None:
@@ -234,6 +352,85 @@ def test_forward_hooks_are_said_to_run_once(caplog: pytest.LogCaptureFixture) ->
         mb.prototype[0].register_forward_hook(lambda module, args, output: output * 2)
         assert_close(mb(X), 2 * expected)
     assert "0 (Linear) has forward hooks" in caplog.text
+
+
+class Trainer:
+    def __init__(self) -> None:
+        self.steps = 0
+        self.history: list[float] = []
+        self.last = torch.zeros(())
+        self.data = list(range(1000))
+
+    def loss(self, outputs: Tensor, _: Tensor) -> Tensor:
+        return outputs.square().mean()
+
+    def counted_loss(self, outputs: Tensor, _: Tensor) -> Tensor:
+        self.calls = getattr(self, "calls", 0) + 1
+        return outputs.square().mean()
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("name", ["trainer", "counting loss", "counting model", "global of the same name"])
+def test_what_is_not_read_does_not_matter(name: str) -> None:
+    trainer = Trainer()
+    model: Callable[[], nn.Module] = Counting if name == "counting model" else lambda: nn.Linear(3, 2)
+    mb = ModelBatch([model() for _ in range(2)], backend="jax", backend_options={"verify": False})
+    optimizer = OptimizerFactory(torch.optim.SGD, {"lr": 0.1}).create_optimizer(mb, [{}] * 2)
+    losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "counting loss": trainer.counted_loss,
+        # Globals called mean and square change below.
+        "global of the same name": lambda outputs, _: outputs.square().mean(),
+    }
+    step = mb.make_train_step(losses.get(name, trainer.loss), optimizer)
+    for count in range(4):
+        globals()["mean"], globals()["square"] = torch.rand(3), count
+        trainer.last = step(X, Y)
+        trainer.steps += 1
+        trainer.history.append(float(count))
+        mb(X)
+    report = mb.backend_report()
+    assert [len(own["translations"]) for own in report["steps"]] == [1]
+    assert len(report["translations"]) == 1
+
+
+def test_functions_that_know_each_other_are_read_once() -> None:
+    functions: list[Any] = []
+    for number in range(30):
+        functions.append(lambda outputs, own=number: functions[own - 1](outputs) if own else outputs.sum())
+    assert read_by(functions[-1]) == read_by(functions[-1])
+
+
+def test_equal_functions_have_equal_keys_and_others_do_not() -> None:
+    def make(value: float) -> Callable[[Tensor], Tensor]:
+        return lambda outputs: outputs.sum() * value
+
+    assert read_by(make(1.0)) == read_by(make(1.0))
+    assert read_by(make(1.0)) != read_by(make(2.0))
+    assert read_by(torch.relu) != read_by(torch.tanh)
+    assert read_by(nn.functional.relu) != read_by(nn.functional.silu)
+    assert read_by(nn.MSELoss()) != read_by(nn.L1Loss())
+    assert read_by(functools.partial(scaled, factor=1.0)) != read_by(functools.partial(scaled, other=1.0))
+    assert read_by(lambda outputs: outputs.sum()) != read_by(lambda outputs: outputs.mean())
+
+
+def test_objects_that_cannot_be_looked_at_count_by_identity() -> None:
+    class Odd:
+        @property
+        def __dict__(self) -> Any:  # type: ignore[override]
+            raise RuntimeError("do not look")
+
+    odd, other = Odd(), Odd()
+    assert read_by(lambda outputs: outputs * odd.value) != read_by(lambda outputs: outputs * other.value)
 
 
 class TestKeys:

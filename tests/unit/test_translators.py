@@ -205,7 +205,11 @@ def test_torchax_refuses_to_lose_a_change_of_an_outside_tensor():
         return [outside.add_(tensors[0].detach())]
 
     with pytest.raises(Unsupported, match="add_ changes a tensor that is no input"):
+        TorchaxTranslator().translate(function, [torch.randn(3)], [])
+    outside.zero_()
+    with pytest.raises(Unsupported, match="outside is written to"):
         translate_function(function, [torch.randn(3)], translator="torchax")
+    assert outside.tolist() == [0, 0, 0]
 
 
 @EACH
