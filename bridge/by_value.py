@@ -77,7 +77,7 @@ def translate_by_value(
     try:
         return translator.translate(function, inputs, modules)
     except LooksAtValues as error:
-        for places in ((), *((place,) for place in knowable.shared), knowable.shared):
+        for places in dict.fromkeys([(), *((place,) for place in knowable.shared), knowable.shared]):
             if (found := attempt(places)) is not None:
                 return _with_fewer(found, attempt)
         if other:
@@ -99,22 +99,22 @@ def _with_fewer(found: Translation, attempt: Callable[[tuple[int, ...]], Transla
     return found
 
 
-class _Form(Generic[Entry]):
-    def __init__(self) -> None:
-        self.places: tuple[int, ...] = ()
-        self.entries: OrderedDict[Hashable, Entry] = OrderedDict()
-        self.warned = False
-
-
 _MANY = 32
+_MANY_SETS = (
+    "%d sets of lengths (or other integers whose values decide shapes) so far, each of which compiles a program: "
+    "bucket the lengths, so that few sets come again and again"
+)
+_MANY_FORMS = (
+    "%d programs so far: each shape of a batch compiles one, and each value that a model or loss reads from outside (a "
+    "global, a closure, an attribute); give the loss numbers that change as loss_args= or shared_args="
+)
 _KEPT = 512
 
 
 class ByValue(Generic[Entry]):
     """Programs by the form of their arguments, and by the values of those arguments that they were made for.
 
-    Of the programs for one form, the longest unused ones are forgotten; after 32 a warning says once what compiles so
-    often.
+    The longest unused programs are forgotten; after 32 sets of values a warning says once what compiles so often.
 
     Example:
         >>> import torch
@@ -126,22 +126,24 @@ class ByValue(Generic[Entry]):
     """
 
     def __init__(self) -> None:
-        self._forms: dict[Hashable, _Form[Entry]] = {}
+        self._places: dict[Hashable, tuple[int, ...]] = {}
+        self._entries: OrderedDict[tuple[Hashable, tuple[bytes, ...]], Entry] = OrderedDict()
+        # Without and with values.
+        self._num_made = [0, 0]
 
     def places(self, form: Hashable) -> tuple[int, ...] | None:
         """Which arguments' values programs of this form are made for; None before there is one."""
-        known = self._forms.get(form)
-        return None if known is None else known.places
+        return self._places.get(form)
 
     def get(self, form: Hashable, arguments: Sequence[Any]) -> Entry | None:
         """The program for arguments of this form with these values; None if there is none."""
-        known = self._forms.get(form)
-        if known is None:
+        places = self._places.get(form)
+        if places is None:
             return None
-        values = _values(arguments, known.places)
-        entry = known.entries.get(values)
-        if entry is not None and values:
-            known.entries.move_to_end(values)
+        key = form, _values(arguments, places)
+        entry = self._entries.get(key)
+        if entry is not None:
+            self._entries.move_to_end(key)
         return entry
 
     def put(self, form: Hashable, places: Sequence[int], arguments: Sequence[Any], entry: Entry) -> None:
@@ -154,25 +156,22 @@ class ByValue(Generic[Entry]):
             arguments: All arguments, tensors or arrays at the places.
             entry: The program.
         """
-        known = self._forms.setdefault(form, _Form())
-        every = tuple(sorted({*known.places, *places}))
-        if every != known.places:
-            known.places, known.entries = every, OrderedDict()
-        known.entries[_values(arguments, every)] = entry
-        if len(known.entries) > _KEPT:
-            known.entries.popitem(last=False)
-        if len(known.entries) == _MANY and not known.warned:
-            known.warned = True
-            logger.warning(
-                "%d sets of lengths (or other integers whose values decide shapes) so far, each of which compiles a "
-                "program: bucket the lengths, so that few sets come again and again",
-                _MANY,
-            )
+        before = self._places.get(form, ())
+        every = tuple(sorted({*before, *places}))
+        if every != before:
+            for key in [key for key in self._entries if key[0] == form]:
+                del self._entries[key]
+        self._places[form] = every
+        self._entries[form, _values(arguments, every)] = entry
+        if len(self._entries) > _KEPT:
+            self._entries.popitem(last=False)
+        self._num_made[bool(every)] += 1
+        if self._num_made[bool(every)] == _MANY:
+            logger.warning(_MANY_SETS if every else _MANY_FORMS, _MANY)
 
     def entries(self) -> Iterator[Entry]:
         """All programs."""
-        for known in self._forms.values():
-            yield from known.entries.values()
+        return iter(self._entries.values())
 
 
 def _values(arguments: Sequence[Any], places: Sequence[int]) -> tuple[bytes, ...]:

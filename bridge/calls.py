@@ -28,6 +28,7 @@ from bridge.arrays import to_jax, to_torch
 from bridge.by_value import NOTHING, ByValue, Knowable
 from bridge.dtypes import torch_dtypes
 from bridge.keys import constant_key, surroundings
+from bridge.taken import Taken
 from bridge.translators import translate_function
 from mb_torch.errors import InvalidInput, ModelBatchError, Unsupported
 
@@ -179,7 +180,7 @@ class Calls:
         tried = self._programs.places(key)
         arguments.check_values(tried or ())
         program = self._programs.get(key, arguments.arrays)
-        if program is None:
+        if program is None or not program.is_current():
             # The translation itself is computed at once, also where JAX is tracing the call.
             with jax.ensure_compile_time_eval(), torch_dtypes():
                 program = self._translated(arguments, prepare, state, per_model, tried)
@@ -297,10 +298,11 @@ class Program:
             return [*(leaf for leaf in leaves if isinstance(leaf, Tensor)), *after]
 
         inputs = [*state, *given]
-        translation, comparison = translate_function(
+        translation, comparison, taken = translate_function(
             flat, inputs, modules, translator=translator, verify=verify, knowable=knowable.after(count)
         )
         self._translation = translation
+        self._taken = [Taken(tensor) for tensor in taken]
         self.by_value = [place - count for place in translation.known or ()]
         self._convolution = convolution
         self._num_results = len(translation.dtypes) - count
@@ -320,6 +322,10 @@ class Program:
     def draws(self) -> bool:
         """Whether it draws random numbers."""
         return self._translation.draws
+
+    def is_current(self) -> bool:
+        """Whether the tensors that the function took from elsewhere have the values that it was translated with."""
+        return all(taken.is_current() for taken in self._taken)
 
     def _run_one(self, arrays: Sequence[jax.Array], key: jax.Array | None) -> tuple[list[jax.Array], list[jax.Array]]:
         outputs = self._translation.run(arrays, key, self._convolution)

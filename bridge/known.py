@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from bridge.in_place import changed_arguments
 from bridge.ops.random import is_random
 from bridge.translation import TensorFunction
 
@@ -82,10 +83,20 @@ class _NothingDrawn(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class WritesKnown(Exception):
+    """Values that are not known would be written into a known tensor; the text names the function."""
+
+
 # What reads memory, which only real tensors have.
 _READS_MEMORY = frozenset((Tensor.numpy, Tensor.__array__, Tensor.tolist))
 _OF_NUMBERS = frozenset((torch.tensor, torch.as_tensor, torch.arange))
 _FACTORIES = frozenset((torch.zeros, torch.ones, torch.empty, torch.full, torch.rand, torch.randn))
+_FACTORIES_LIKE = frozenset("zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full".split())
+_SHAPED_AS: dict[Any, Any] = {
+    Tensor.view_as: Tensor.view,
+    Tensor.reshape_as: Tensor.reshape,
+    Tensor.expand_as: Tensor.expand,
+}
 _TAKE_SIZES = frozenset(
     "view reshape expand repeat tile narrow select split unflatten new_zeros new_ones new_empty new_full".split()
 )
@@ -128,17 +139,25 @@ class KnownValues(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _SHAPED_AS:
+            # Only the shape of the other tensor matters, which is always known.
+            func, args = _SHAPED_AS[func], (args[0], args[1].shape)
         tensors = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if func in _FACTORIES:
             # Their results may be filled with what is not known.
             return func(*self._as_numbers(args), **self._as_numbers(kwargs))
-        if all(map(self.knows, tensors)) and (tensors or func in _OF_NUMBERS):
+        if all(map(self.knows, tensors)) and (tensors or func in _OF_NUMBERS) and not _makes_floats(func, args, kwargs):
             try:
                 return self._computed(func, args, kwargs, made=not tensors)
             except _Draws:
                 pass
+        if any(map(self.knows, changed_arguments(func, args, kwargs))):
+            raise WritesKnown(getattr(func, "__name__", func))
         # The recording keeps its constants by reference, and a known tensor may still be changed in place.
         args, kwargs = pytree.tree_map(lambda leaf: self.take(leaf) if self.knows(leaf) else leaf, (args, kwargs))
+        if _makes_floats(func, args, kwargs):
+            # Of a known tensor PyTorch would make one that the recording could not write to.
+            args = (torch.empty(args[0].shape, dtype=args[0].dtype), *args[1:])
         if func in _REWRITTEN:
             return _REWRITTEN[func](self, func, *args, **kwargs)
         if getattr(func, "__name__", "") in _TAKE_SIZES:
@@ -182,6 +201,14 @@ class KnownValues(TorchFunctionMode):
 
 
 _active: ContextVar[KnownValues | None] = ContextVar("known values", default=None)
+
+
+def _makes_floats(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether this is a new tensor of floats, to be filled with what is not known."""
+    if getattr(func, "__name__", "") not in _FACTORIES_LIKE or not args:
+        return False
+    dtype = kwargs.get("dtype") or args[0].dtype
+    return bool(dtype.is_floating_point or dtype.is_complex)
 
 
 def _leaves(tree: Any) -> Iterator[Any]:

@@ -28,14 +28,20 @@ from torch.nn.modules import transformer
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from bridge.in_place import changes_first_argument
+from bridge.known import WritesKnown
 from bridge.ops.decompositions import decompositions
 from bridge.ops.random import is_random
 from bridge.ops.whole import keep_whole
+from bridge.taken import taken_by
 from bridge.translation import TensorFunction
 from bridge.where import running_module
 from mb_torch.errors import ModelBatchError, Unsupported
 
-_REMEDY = "Write it with operations whose shapes do not depend on values (torch.where, masks), or use backend='torch'."
+_REMEDY = (
+    "Stay within torch operations whose shapes do not depend on values (torch.where, masks; no NumPy, no .item()), or "
+    "use backend='torch'."
+)
 
 
 class LooksAtValues(Unsupported):
@@ -124,13 +130,19 @@ def trace(function: TensorFunction, inputs: Sequence[Tensor], modules: Sequence[
             raise Unsupported(
                 f"{where()} calls {error.func}, which cannot be recorded without values", fix=_REMEDY
             ) from error
+        except WritesKnown as error:
+            raise Unsupported(
+                f"{where()}: {error} writes what is not known into a tensor of known integers, or made of such",
+                fix="Write into a tensor made with torch.zeros, or make a new one (torch.where, torch.randn_like).",
+            ) from error
         except ModelBatchError:
             raise
         except Exception as error:  # what the function itself or PyTorch raises
             name = where()
             failure = error
     if failure is not None:
-        _raise_as_plain_torch(function, inputs)
+        # An error of the function's own is raised as PyTorch words it.
+        taken_by(function, inputs)
         first_line = str(failure).strip().split("\n", 1)[0]
         raise Unsupported(f"{name} cannot be recorded: {type(failure).__name__}: {first_line}") from failure
     module.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
@@ -138,9 +150,11 @@ def trace(function: TensorFunction, inputs: Sequence[Tensor], modules: Sequence[
     constants = {node.target: getattr(module, node.target).detach() for node in nodes if node.op == "get_attr"}
     draws = any(node.op == "call_function" and is_random(node.target) for node in nodes)
     dtypes = [result.meta["val"].dtype for result in nodes[-1].args[0]]
-    described = f"{module.graph}{[(name, _digest(value)) for name, value in constants.items()]}"
+    # The text of a graph says of its constants only what they are called.
+    described = f"{module.graph}{[(name, _described(value)) for name, value in constants.items()]}"
     text = hashlib.sha256(described.encode()).hexdigest()
-    return Traced(module.graph, constants, draws, _unchanged(module.graph), _reached(module.graph), dtypes, text)
+    unchanged, reached = _unchanged(module.graph), _reached(module.graph)
+    return Traced(module.graph, constants, draws, unchanged, reached, dtypes, text)
 
 
 def _recorded(function: Callable[..., Any], fakes: Sequence[Tensor]) -> fx.GraphModule:
@@ -170,9 +184,10 @@ def _record(function: Callable[..., Any], fakes: Sequence[Tensor]) -> fx.GraphMo
     )(*fakes)
 
 
-def _digest(tensor: Tensor) -> str:
+def _described(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype, str]:
     plain = tensor.detach().cpu().contiguous().resolve_conj().resolve_neg()
-    return hashlib.sha256(plain.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(plain.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+    return tuple(tensor.shape), tensor.dtype, digest
 
 
 def _fake(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
@@ -244,13 +259,6 @@ def _stop(tensor: Tensor) -> Tensor:
     return tensor.detach() if tensor.is_floating_point() or tensor.is_complex() else tensor
 
 
-def changes_first_argument(func: Callable[..., Any]) -> bool:
-    """Whether a torch function works in place, by its name."""
-    name = getattr(func, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name == "__setitem__" or (name.startswith("__i") and name not in ("__index__", "__invert__"))
-
-
 @contextmanager
 def without_fast_paths() -> Iterator[None]:
     """Within the block PyTorch takes no short cuts.
@@ -319,9 +327,3 @@ def _carries_gradients(node: fx.Node) -> bool:
     value = node.meta.get("val")
     results = value if isinstance(value, (tuple, list)) else [value]
     return any(isinstance(one, Tensor) and (one.is_floating_point() or one.is_complex()) for one in results)
-
-
-def _raise_as_plain_torch(function: TensorFunction, inputs: Sequence[Tensor]) -> None:
-    """Run the function as it is, so that an error of its own is raised as PyTorch words it."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        function([tensor.detach().clone() for tensor in inputs])

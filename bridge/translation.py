@@ -27,7 +27,6 @@ class Translation:
         reached: For each output, the positions of the inputs that gradients flow to from it.
         text: A digest of what is computed; equal ones compute the same from inputs of equal shapes and dtypes.
             Empty where there is none.
-        captured: Tensors that the function took from elsewhere, whose values are part of what is computed.
         known: Positions of the inputs whose values it was made for, and no others; None if values could not be looked
             at. See `bridge.known`.
     """
@@ -39,7 +38,6 @@ class Translation:
     unchanged: tuple[int | None, ...]
     reached: tuple[frozenset[int], ...]
     text: str
-    captured: tuple[Tensor, ...] = ()
     known: tuple[int, ...] | None = None
 
 

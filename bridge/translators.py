@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from bridge.by_value import NOTHING, Knowable, translate_by_value
+from bridge.taken import taken_by
 from bridge.translation import TensorFunction, Translation, Translator
 from bridge.verify import BOUND, Comparison, compare
 from mb_torch.errors import InvalidInput, Unsupported
@@ -24,10 +25,17 @@ _compared: dict[tuple[object, ...], Comparison] = {}
 
 
 class Checked(NamedTuple):
-    """A translation and how it compared with PyTorch; None if it was not compared."""
+    """What has become of a torch function.
+
+    Attributes:
+        translation: The translation.
+        comparison: How it compared with PyTorch; None if it was not compared.
+        taken: Tensors that the function took from elsewhere, for whose values the translation was made.
+    """
 
     translation: Translation
     comparison: Comparison | None
+    taken: list[Tensor]
 
 
 def available_translators() -> list[str]:
@@ -70,6 +78,7 @@ def translate_function(
     """
     if translator != "auto" and translator not in _TRANSLATORS:
         raise InvalidInput("translator", received=repr(translator), expected=f"'auto' or one of {list(_TRANSLATORS)}")
+    taken = taken_by(function, inputs)
     refused = []
     for name in _TRANSLATORS if translator == "auto" else [translator]:
         try:
@@ -80,12 +89,15 @@ def translate_function(
             refused.append((name, error))
             continue
         if comparison is None or comparison.largest <= BOUND:
-            return Checked(translation, comparison)
+            return Checked(translation, comparison, taken)
         reason = f"differs from PyTorch by {comparison.largest:.1e} in {comparison.where}"
         refused.append((name, Unsupported(reason)))
-    if len(refused) == 1:
-        raise refused[0][1]
-    raise Unsupported("no translation to JAX; " + "; ".join(f"{name}: {reason}" for name, reason in refused))
+    (_, first), *others = refused
+    if not others:
+        raise first
+    lines = [f"{name}: {str(reason).removeprefix(name).lstrip(' :')}" for name, reason in others]
+    # The first is our own, whose reason says most about the function.
+    raise Unsupported("\n  ".join([f"no translation to JAX: {first.problem}", *lines]), fix=first.fix)
 
 
 def _comparison(

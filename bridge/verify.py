@@ -18,8 +18,9 @@ from torch.utils import _pytree as pytree
 
 from bridge.arrays import to_jax, to_torch
 from bridge.dtypes import torch_dtypes
+from bridge.in_place import changed_arguments, changes_first_argument
 from bridge.known import with_known
-from bridge.trace import changes_first_argument, without_fast_paths
+from bridge.trace import without_fast_paths
 from bridge.translation import TensorFunction, Translation, Translator
 from mb_torch.errors import ModelBatchError, Unsupported
 
@@ -247,7 +248,8 @@ class _FixedNumbers(TorchFunctionMode):
         if name in _FIXED:
             value = _FIXED[name]
             if name.endswith("_"):
-                return args[0].fill_(value)
+                (target,) = changed_arguments(func, args, kwargs)
+                return target.fill_(value)
             if name == "bernoulli" or name.endswith("_like"):
                 return torch.full_like(args[0], value)
             shape = args[0] if len(args) == 1 and isinstance(args[0], (tuple, list, torch.Size)) else args

@@ -52,5 +52,4 @@ class GraphTranslator:
             tuple(traced.unchanged),
             tuple(traced.reached),
             traced.text,
-            tuple(traced.constants.values()),
         )

@@ -1,1 +1,1 @@
-"""The command `modelbatch`. It needs the extra `demo`, which nothing else of this distribution needs."""
+"""The command `modelbatch`. But for `modelbatch doctor` it needs the extra `demo`, which nothing else here needs."""

@@ -120,6 +120,6 @@ def _require_compiler() -> None:
 
 @app.command()
 def doctor() -> None:
-    """Say which backends work here, and whether their versions are those that were tested."""
-    if not run_doctor(Console()):
+    """Say which backend is the default, which work here, and whether their versions are those that were tested."""
+    if not run_doctor():
         raise typer.Exit(1)

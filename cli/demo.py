@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from cli.comparison import Comparison, compare_with_loop
 from cli.datasets import DataName, ImageData, load_data
@@ -53,6 +54,7 @@ def run_demo(settings: Settings, console: Console) -> None:
         mb_torch.ModelBatchError: The chosen backend cannot do it.
     """
     _prepare_output(settings.output)
+    backend = _backend_name(settings.backend)
     data = load_data(settings.data, settings.seed, settings.data_dir)
     grid = make_grid(settings.models)
     task = Task(
@@ -63,7 +65,7 @@ def run_demo(settings: Settings, console: Console) -> None:
         order=make_order(len(data.train_targets), settings.batch_size, settings.epochs, settings.seed),
     )
     with _threads(settings.threads):
-        print_line(console, _describe(settings, grid, task))
+        print_line(console, _describe(settings, grid, task, backend))
         mb, history = _train(settings, task, console)
         print_best(console, grid, history)
         _write_models(settings, grid, mb, history)
@@ -73,18 +75,23 @@ def run_demo(settings: Settings, console: Console) -> None:
             print_comparison(console, grid, history, comparison, compiled=settings.compile)
     with _writing(settings.output):
         options = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
-        options["models"] = grid.num_models
+        options |= {"models": grid.num_models, "backend": backend}
         inputs = {"mean": data.mean, "deviation": data.deviation}
         write_results(settings.output / "results.json", options, inputs, grid, task.seeds, history, comparison)
     print_line(console, _describe_output(settings, data, rank(history)[0]))
 
 
-def _describe(settings: Settings, grid: Grid, task: Task) -> str:
+def _backend_name(backend: str | None) -> str:
+    """Find out before anything is loaded or announced which backend it is, and that it is installed."""
+    return ModelBatch([nn.Linear(1, 1)], backend=backend).backend.name
+
+
+def _describe(settings: Settings, grid: Grid, task: Task, backend: str) -> str:
     epochs, steps, batch_size = task.order.shape
     parts = [
         f"{counted(grid.num_models, 'model')} ({settings.model}): {counted(len(grid.learning_rates), 'learning rate')} "
         f"x {counted(len(grid.weight_decays), 'weight decay')}, AdamW, {counted(epochs, 'epoch')} of "
-        f"{steps} x {batch_size} images, {counted(torch.get_num_threads(), 'thread')}.",
+        f"{steps} x {batch_size} images, {counted(torch.get_num_threads(), 'thread')}, backend {backend}.",
         f"Data: {settings.data}, {len(task.data.train_targets):,} images for training and "
         f"{len(task.data.validation_targets):,} for validation.",
     ]

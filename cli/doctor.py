@@ -1,4 +1,7 @@
-"""`modelbatch doctor`: what this installation can do, and whether it is what was tested."""
+"""`modelbatch doctor`: what this installation can do, and whether it is what was tested.
+
+Imports nothing that the library does not need: a diagnosis has to work where packages are missing.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,11 @@ import platform
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 import mb_torch
+
+BACKEND_VARIABLE = "MODELBATCH_BACKEND"
 
 
 def examine(backend: str) -> dict[str, Any]:
@@ -30,29 +33,32 @@ def examine(backend: str) -> dict[str, Any]:
     return report
 
 
-def doctor(console: Console) -> bool:
+def doctor() -> bool:
     """Print versions and the state of every backend; return whether the default one works."""
-    console.print(
-        f"modelbatch-hybrid {mb_torch.__version__}, Python {platform.python_version()}, torch {torch.__version__}"
-    )
-    console.print(f"{os.cpu_count()} CPUs, {torch.get_num_threads()} threads for torch")
-    table = Table("backend", "state", "device", "versions")
+    names = mb_torch.available_backends()
+    chosen = os.environ.get(BACKEND_VARIABLE)
+    default = chosen or "torch"
+    source = f"from ${BACKEND_VARIABLE}" if chosen else f"${BACKEND_VARIABLE} is not set"
+    print(f"modelbatch-hybrid {mb_torch.__version__}, Python {platform.python_version()}, torch {torch.__version__}")
+    print(f"{os.cpu_count()} CPUs, {torch.get_num_threads()} threads for torch")
+    print(f"default backend: {default} ({source})")
     works = {}
-    for name in mb_torch.available_backends():
+    for name in names:
         report = examine(name)
         works[name] = "backend" in report
-        table.add_row(name, "works" if works[name] else report["error"], *_details(report))
-    console.print(table)
-    return works["torch"]
+        print(f"backend {name}: {_describe(report) if works[name] else report['error']}")
+    if default not in works:
+        print(f"Problem: ${BACKEND_VARIABLE} is {default!r}, which is no backend; set it to one of {names}.")
+    elif not works[default]:
+        print(f"Problem: the default backend, {default}, does not work.")
+    return works.get(default, False)
 
 
-def _details(report: dict[str, Any]) -> tuple[str, str]:
-    if "backend" not in report:
-        return "", ""
+def _describe(report: dict[str, Any]) -> str:
+    devices = f" on {report['platform']} x {report['devices']}" if "devices" in report else ""
     untested = report.get("untested_versions", {})
     versions = [
         f"{name} {version}" + (" (untested)" if name in untested else "")
         for name, version in report.get("versions", {}).items()
     ]
-    devices = f"{report.get('platform', 'torch')} x {report['devices']}" if "devices" in report else "torch's"
-    return devices, "\n".join(versions)
+    return f"works{devices}" + (f" with {', '.join(versions)}" if versions else "")

@@ -112,11 +112,12 @@ def print_comparison(console: Console, grid: Grid, history: History, comparison:
     """Print the two times, and whether both ways came to the same result."""
     at_once, loop = history.total_seconds, comparison.loop_seconds
     compared = len(comparison.models)
-    part = "" if compared == grid.num_models else f" (measured on {counted(compared, 'model')}, extrapolated)"
+    measured = compared == grid.num_models
+    origin = "" if measured else f" extrapolated from {counted(compared, 'model')}"
     print_line(
         console,
-        f"{counted(grid.num_models, 'model')} one after another: {loop:.1f} s{part}, at once: {at_once:.1f} s "
-        f"({loop / at_once:.2g} times)",
+        f"{counted(grid.num_models, 'model')} one after another: {loop:.1f} s{origin}, at once: {at_once:.1f} s "
+        f"({loop / at_once:.2g} times{'' if measured else ', extrapolated'})",
         style="bold",
     )
     if compiled and history.start_up_seconds is not None:

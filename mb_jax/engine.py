@@ -24,11 +24,13 @@ from mb_jax.convolution import convolution_form
 from mb_jax.mirror import MirrorBuffer, MirrorParameter, as_mirrors
 from mb_jax.optim import JaxOptimizer, MirrorStack, arrays_of, keep
 from mb_jax.options import JaxOptions
-from mb_jax.programs import ModelProgram, over_models, part_of, settings, shared, signature
+from mb_jax.outside import methods_of, read_by, settings
+from mb_jax.programs import ModelProgram, over_models, part_of, shared, signature
 from mb_jax.rng import Random, random_state
 from mb_jax.sharding import EVERYWHERE, ONE_DEVICE, Layout, along, layout_for, placed
 from mb_jax.start import announce, installed_versions, prepare, untested_versions, use_cache
 from mb_jax.step import FusedStep
+from mb_jax.uninterrupted import Uninterrupted
 from mb_torch.backend import Backend, BatchSpec, Capabilities, Step, StepSpec, create_backend
 from mb_torch.errors import InvalidInput
 from mb_torch.stacked.arguments import Arguments
@@ -85,6 +87,7 @@ class JaxBackend:
         self.layout = layout_for(self.spec.num_models, self.options.devices, num_numbers)
         self.definition = Definition(self.spec.prototype, self.spec.state)
         self.modules = list(self.spec.prototype.modules())
+        self._methods = methods_of(self.modules)
         self._forwards: ByValue[_Forward] = ByValue()
         self._steps: WeakSet[FusedStep] = WeakSet()
         self.log = CompileLog()
@@ -130,7 +133,8 @@ class JaxBackend:
             results, changed = self._run(
                 forward, mirrors, arrays_of(mirrors, self.layout), arguments, self.random(forward.program)
             )
-            keep([mirrors[position] for position in forward.program.changed], changed, self.layout)
+            with Uninterrupted():
+                keep([mirrors[position] for position in forward.program.changed], changed, self.layout)
         else:
             forward, results = self._run_parts(plan, mirrors, arguments)
         if forward.program.draws and self.spec.streams is not None:
@@ -138,7 +142,7 @@ class JaxBackend:
         return forward.program.packing.unpack(results)
 
     def _forward(self, arguments: Arguments, num_models: int, layout: Layout) -> _Forward:
-        key = (signature(arguments), num_models, layout, settings(self.modules), surroundings(), self.trainable())
+        key = (signature(arguments), num_models, layout, self.built_in(), surroundings())
         known = self._forwards.get(key, arguments.leaves)
         if known is None or not known.program.is_current():
             program = ModelProgram(
@@ -155,9 +159,11 @@ class JaxBackend:
             self._forwards.put(key, program.by_value, arguments.leaves, known)
         return known
 
-    def trainable(self) -> Hashable:
-        """Which parameters require gradients."""
-        return tuple([parameter.requires_grad for parameter in self.spec.state.parameters.values()])
+    def built_in(self) -> Hashable:
+        """What programs have built in of the models: settings, what their methods read, dtypes, who is trained."""
+        tensors = [*self.spec.state.parameters.values(), *self.spec.state.buffers.values()]
+        kinds = tuple([(tensor.dtype, tensor.requires_grad) for tensor in tensors])
+        return settings(self.modules), tuple([read_by(method) for method in self._methods]), kinds
 
     def _compiled(self, program: ModelProgram, arguments: Arguments, num_models: int, layout: Layout) -> _Forward:
         tensors = [
@@ -171,7 +177,7 @@ class JaxBackend:
         flows = [program.reached(result) & set(smooth) for result in range(program.num_results)]
         smooth_results = [result for result, reached in enumerate(flows) if reached]
         local = layout.local_models(num_models)
-        form = convolution_form(self.options.convolution, num_models)
+        form = convolution_form(self.options.convolution, local)
         run = over_models(lambda inputs, key: program.run_one(inputs, key, form), mapped, local, self.spec.chunk_size)
 
         def function(given: Arrays, others: Arrays, random: Random | None) -> Outputs:

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bridge import TorchModule  # names what is missing where flax is
 from bridge.arrays import to_torch
 from bridge.dtypes import as_jax_dtype, torch_dtypes
-from bridge.flax_module import TorchModule, values_of
+from bridge.flax_module import values_of
 from mb_jax.convolution import convolution_form
 from mb_torch.errors import InvalidState
 

@@ -18,10 +18,12 @@ import optax
 import torch
 from torch import Tensor
 
+from bridge.arrays import to_numpy
 from bridge.dtypes import torch_dtypes
 from mb_jax.mirror import MirrorBuffer, MirrorView
 from mb_jax.sharding import ONE_DEVICE, Layout, along
 from mb_jax.transforms import transform_for
+from mb_jax.uninterrupted import Uninterrupted
 from mb_torch.stacked.model_view import ModelView, Stack
 from mb_torch.stacked.optim import StackedOptimizer
 from mb_torch.stacked.optimizer_state import StackedOptimizerState
@@ -140,7 +142,7 @@ class JaxOptimizer(StackedOptimizer):
         """Count updates whose program has run."""
         for clock, counters in pending.counters.items():
             self._stacked_state.clocks[clock] = counters
-        self.updates_done += pending.updates
+        self.count_updates(pending.updates)
 
     def mirrors(self, plan: UpdatePlan) -> dict[str, list[MirrorBuffer]]:
         """The state tensors that an update changes, by name."""
@@ -157,22 +159,24 @@ class JaxOptimizer(StackedOptimizer):
         params: list[Any] = [self._stacks[position].parameter for position in plan.positions]
         layout: Layout = params[0].array_layout
         state = self.mirrors(plan)
-        mask = np.ones(self.num_models, bool) if active is None else active.cpu().numpy()
+        mask = np.ones(self.num_models, bool) if active is None else to_numpy(active)
         given = [layout.place(grads[position]) for position in plan.positions]
         pending = self.begin_steps(plan, active, 1)
-        with torch_dtypes():
-            new_params, new_state = self._program(plan, layout)(
-                arrays_of(params, layout),
-                {name: arrays_of(own, layout) for name, own in state.items()},
-                given,
-                [layout.place(rows[0], axis=1) for rows in pending.numbers],
-                layout.place(mask),
-            )
-        # `update` itself has counted one.
-        self.finish_steps(pending._replace(updates=0))
-        keep(params, new_params, layout)
-        for name, own in state.items():
-            keep(own, new_state[name], layout)
+        # The program takes the old arrays away.
+        with Uninterrupted():
+            with torch_dtypes():
+                new_params, new_state = self._program(plan, layout)(
+                    arrays_of(params, layout),
+                    {name: arrays_of(own, layout) for name, own in state.items()},
+                    given,
+                    [layout.place(rows[0], axis=1) for rows in pending.numbers],
+                    layout.place(mask),
+                )
+            # `update` itself has counted one.
+            self.finish_steps(pending._replace(updates=0))
+            keep(params, new_params, layout)
+            for name, own in state.items():
+                keep(own, new_state[name], layout)
 
     def _program(self, plan: UpdatePlan, layout: Layout) -> Any:
         key: Hashable = ("program", plan, layout)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import types
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
@@ -11,11 +9,13 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bridge.by_value import Knowable
-from bridge.keys import Same, constant_key
+from bridge.keys import constant_key
+from bridge.taken import Taken
 from bridge.translators import Checked, translate_function
+from mb_jax.outside import warn_of_differences
 from mb_jax.rng import key_of
 from mb_torch.stacked.arguments import Arguments
 from mb_torch.stacked.definition import Definition
@@ -73,6 +73,8 @@ class ModelProgram:
     ) -> None:
         self._one = OneModel(definitions, body)
         self._one.refuse_backward_hooks()
+        for definition in definitions:
+            warn_of_differences(definition)
         self._counts = [len(own) for own in example]
         self.num_tensors = sum(self._counts)
         leaves = zip(arguments.leaves, arguments.mapped, strict=True)
@@ -96,7 +98,7 @@ class ModelProgram:
         )
         translation = self.checked.translation
         self.by_value = [tensor_leaves[position - self.num_tensors] for position in translation.known or ()]
-        self._captured = [(tensor, tensor._version) for tensor in translation.captured if not tensor.is_inference()]
+        self._taken = [Taken(tensor) for tensor in self.checked.taken]
         self.num_results = len(translation.dtypes) - self.num_tensors
         forms = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
         # Equal keys compute the same; what has no text is like nothing else.
@@ -136,7 +138,7 @@ class ModelProgram:
 
     def is_current(self) -> bool:
         """Whether the tensors that the function took from elsewhere have the values that it was translated with."""
-        return all(tensor._version == version for tensor, version in self._captured)
+        return all(taken.is_current() for taken in self._taken)
 
     def report(self) -> dict[str, Any]:
         """Which translator was used, and the largest difference from PyTorch that was seen."""
@@ -191,6 +193,8 @@ def shared(key: Hashable, make: Callable[[], T]) -> T:
 
 def _of_first_model(leaf: Tensor, mapped: bool, smooth: bool) -> Tensor:
     own = (leaf[0] if mapped else leaf).detach()
+    if own.is_inference():
+        own = own.clone()
     return own.requires_grad_(smooth and (own.is_floating_point() or own.is_complex()))
 
 
@@ -245,60 +249,6 @@ def signature(arguments: Arguments) -> Hashable:
             for leaf, mapped in zip(arguments.leaves, arguments.mapped, strict=True)
         ),
     )
-
-
-_PLAIN = frozenset((bool, int, float, str, bytes, type(None)))
-_SETTINGS = _PLAIN | {tuple, Tensor}
-
-
-def settings(modules: Sequence[nn.Module]) -> Hashable:
-    """Flags and plain settings of modules, training mode included; of tensors in plain attributes, which they are."""
-    # A step does this for every submodule, so no function is called for each value. Tuples may hold anything.
-    return tuple(
-        [
-            value if value.__class__ in _PLAIN else repr(value) if value.__class__ is tuple else Same(value)
-            for module in modules
-            for value in vars(module).values()
-            if value.__class__ in _SETTINGS
-        ]
-    )
-
-
-def settings_of_callable(function: Callable[..., Any], seen: frozenset[int] = frozenset()) -> Hashable:
-    """Values that a function has caught: closure, defaults, attributes, those of its object or module included.
-
-    Args:
-        function: A function, module, bound method, partial or callable object.
-        seen: Functions that are being looked at: a recursive one has caught itself.
-    """
-    function = getattr(function, "plain_loss", function)
-    seen = seen | {id(function)}
-    if isinstance(function, nn.Module):
-        tensors = [*function.parameters(), *function.buffers()]
-        return settings(list(function.modules())), tuple(map(Same, tensors))
-    if isinstance(function, functools.partial):
-        given = (*function.args, *function.keywords.values())
-        return settings_of_callable(function.func, seen), tuple(_caught(value, seen) for value in given)
-    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_filled(cell)]
-    defaults = getattr(function, "__defaults__", None) or ()
-    by_name = (getattr(function, "__kwdefaults__", None) or {}).values()
-    owner = getattr(function, "__self__", None if isinstance(function, types.FunctionType) else function)
-    attributes = getattr(owner, "__dict__", {}).values() if not isinstance(owner, types.ModuleType) else ()
-    return tuple([_caught(value, seen) for value in (*cells, *defaults, *by_name, *attributes)])
-
-
-def _caught(value: Any, seen: frozenset[int]) -> Hashable:
-    if isinstance(value, (nn.Module, types.FunctionType, functools.partial)) and id(value) not in seen:
-        return settings_of_callable(value, seen)
-    return Same(value) if isinstance(value, Tensor) else constant_key(value)
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        _ = cell.cell_contents
-    except ValueError:
-        return False
-    return True
 
 
 def part_of(plan: Plan | None, array: jax.Array, part: int) -> jax.Array:

@@ -8,11 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
+from bridge.taken import is_written_by_torch_only
 from mb_jax.sharding import Layout
 
 
 class ResidentData:
-    """Arrays of tensors, copied to the device once; again only if a tensor was changed in place.
+    """Arrays of tensors, copied to the device once; again if a tensor was changed in place.
+
+    What NumPy shares the memory of, or another process, is copied each time: nothing shows when they write to it.
 
     Example:
         >>> import torch
@@ -30,13 +33,13 @@ class ResidentData:
         return [self._placed(tensor, flag, layout) for tensor, flag in zip(tensors, mapped, strict=True)]
 
     def _placed(self, tensor: Tensor, mapped: bool, layout: Layout) -> Any:
+        if not is_written_by_torch_only(tensor):
+            return _brought(tensor, mapped, layout)
         key = id(tensor), layout
         known = self._arrays.get(key)
-        version = 0 if tensor.is_inference() else tensor._version
-        if known is None or known[0]() is not tensor or known[1] != version:
+        if known is None or known[0]() is not tensor or known[1] != tensor._version:
             self._arrays = {place: entry for place, entry in self._arrays.items() if entry[0]() is not None}
-            array = layout.place(tensor) if mapped else layout.share(tensor)
-            known = self._arrays[key] = weakref.ref(tensor), version, array
+            known = self._arrays[key] = weakref.ref(tensor), tensor._version, _brought(tensor, mapped, layout)
         return known[2]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -44,3 +47,7 @@ class ResidentData:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._arrays = {}
+
+
+def _brought(tensor: Tensor, mapped: bool, layout: Layout) -> Any:
+    return layout.place(tensor) if mapped else layout.share(tensor)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import groupby
 from typing import Any, Literal
 
 import jax
@@ -92,8 +93,8 @@ class Layout:
         return to_torch(array)
 
     def empty(self, array: jax.Array) -> Tensor:
-        """Return a tensor without values for `copy`."""
-        return torch.empty(array.shape, dtype=torch_dtype_of(array))
+        """Return a tensor for `copy`, whose values until then are none that could be taken for results."""
+        return _without_values(array.shape, torch_dtype_of(array))
 
     def whole(self, array: jax.Array, axis: int = 0) -> jax.Array:
         """Return values per model so that every process has those of all models, without waiting for them."""
@@ -108,6 +109,11 @@ class Layout:
             outputs: The same for what it returns.
         """
         return function
+
+
+def _without_values(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    # What reads memory past PyTorch's functions (torch.tensor) sees these.
+    return torch.full(shape, torch.nan if dtype.is_floating_point or dtype.is_complex else 0, dtype=dtype)
 
 
 ONE_DEVICE = Layout()
@@ -134,7 +140,7 @@ class Spread(Layout):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Another process may have fewer devices.
-        return _spread, (self.num_models, self.num_devices)
+        return _spread, (self.num_models, self.num_devices // jax.process_count())
 
     def local_models(self, num_models: int) -> int:
         """See `Layout`."""
@@ -183,7 +189,7 @@ class Spread(Layout):
 
     def empty(self, array: jax.Array) -> Tensor:
         """See `Layout`."""
-        return torch.empty((self.num_models, *array.shape[1:]), dtype=torch_dtype_of(array))
+        return _without_values((self.num_models, *array.shape[1:]), torch_dtype_of(array))
 
     def whole(self, array: jax.Array, axis: int = 0) -> jax.Array:
         """See `Layout`."""
@@ -214,7 +220,7 @@ def layout_for(num_models: int, asked: int | Literal["all"] | None = None, num_n
         num_models: How many models there are.
         asked: How many devices to use at most, or ``"all"``. None is all accelerators; on a CPU a device for each
             core (see `mb_jax.start.prepare`) if the models have at least 65,536 parameters together, else one.
-            Several processes always use all their devices.
+            Of several processes, each uses as many.
         num_numbers: How many parameters all models have together.
 
     Returns:
@@ -227,29 +233,30 @@ def layout_for(num_models: int, asked: int | Literal["all"] | None = None, num_n
         >>> layout_for(4, 1) is ONE_DEVICE
         True
     """
-    devices = jax.devices()
-    if jax.process_count() > 1:
-        if isinstance(asked, int):
-            raise InvalidInput(
-                "backend_options['devices']",
-                received=asked,
-                expected="'all' or None: several processes use all devices",
-            )
-        # No process may be left without models, so that all take part in all programs.
-        return _spread(num_models, len(devices))
+    devices, num_processes = jax.local_devices(), jax.process_count()
+    if num_processes > 1 and isinstance(asked, int):
+        raise InvalidInput(
+            "backend_options['devices']",
+            received=asked,
+            expected="'all' or None with several processes",
+        )
     count = asked if isinstance(asked, int) else len(devices)
     if count > len(devices):
         raise InvalidInput("backend_options['devices']", received=count, expected=f"at most {len(devices)}")
     if asked is None and devices[0].platform == "cpu":
         count = min(count, usable_cores()) if num_numbers >= _LEAST_NUMBERS_ON_HOST_DEVICES else 1
-    models_each = -(-num_models // count)
-    used = -(-num_models // models_each)
-    return ONE_DEVICE if used == 1 else _spread(num_models, used)
+    # Processes get equal shares first: none may be left without models, so that all take part in all programs.
+    models_each = -(-num_models // (count * num_processes))
+    used = -(-num_models // (models_each * num_processes))
+    return ONE_DEVICE if used * num_processes == 1 else _spread(num_models, used)
 
 
 @cache
 def _spread(num_models: int, num_devices: int) -> Layout:
-    return Spread(num_models, jax.devices()[:num_devices])
+    """Models on so many devices of each process."""
+    devices = sorted(jax.devices(), key=lambda device: device.process_index)
+    by_process = groupby(devices, key=lambda device: device.process_index)
+    return Spread(num_models, [device for _, own in by_process for device in list(own)[:num_devices]])
 
 
 def placed(tensors: Sequence[Tensor], mapped: Sequence[bool], layout: Layout, axis: int = 0) -> list[Any]:

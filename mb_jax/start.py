@@ -11,6 +11,7 @@ from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -47,6 +48,7 @@ def prepare() -> None:
         >>> _PREALLOCATE in os.environ
         True
     """
+    _show()
     os.environ.setdefault(_PREALLOCATE, "false")
     if jax.config.values["jax_num_cpu_devices"] < 1 and _HOST_DEVICES not in os.environ.get("XLA_FLAGS", ""):
         # JAX has been used before.
@@ -56,6 +58,27 @@ def prepare() -> None:
     if untested:
         versions = ", ".join(f"{name} {version} (tested: {TESTED[name]})" for name, version in untested.items())
         _logger.info("not the versions this was tested with: %s", versions)
+
+
+class _Shown(logging.StreamHandler[Any]):
+    """Writes to standard error as long as the program has not said where log lines go."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.root.handlers:
+            super().emit(record)
+
+
+def _show() -> None:
+    """Let the lines about devices and compile times be seen: who waits for a compiler wants to know for what.
+
+    They are log lines of ``modelbatch.jax`` like all others: ``logging.basicConfig`` or another level take over.
+    """
+    if _logger.hasHandlers() or _logger.level != logging.NOTSET:
+        return
+    handler = _Shown()
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    _logger.addHandler(handler)
+    _logger.setLevel(logging.INFO)
 
 
 def usable_cores() -> int:

@@ -17,20 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridge.arrays import to_jax
+from bridge.arrays import to_jax, to_numpy
 from bridge.dtypes import torch_dtypes
 from mb_jax.mirror import MirrorBuffer
 from mb_jax.optim import JaxOptimizer, arrays_of, keep
-from mb_jax.programs import (
-    OtherValues,
-    signature,
-)
+from mb_jax.programs import OtherValues, signature
 from mb_jax.resident import ResidentData
 from mb_jax.rng import Random
 from mb_jax.sharding import ONE_DEVICE, Layout, placed
 from mb_jax.step_context import KnownProgram, Presence, StepContext
 from mb_jax.step_in_pieces import StepInPieces
 from mb_jax.step_program import Constants, State, StepInputs, Updates
+from mb_jax.uninterrupted import Uninterrupted
 from mb_torch.backend import StepSpec
 from mb_torch.stacked.arguments import Arguments
 from mb_torch.stacked.parts import plan_parts
@@ -198,24 +196,26 @@ class FusedStep:
         constants = Constants(
             arrays_of(fixed, layout),
             constant_leaves,
-            _everyone(self._context.num_models, layout) if active is None else layout.place(active.cpu().numpy()),
+            _everyone(self._context.num_models, layout) if active is None else layout.place(to_numpy(active)),
             None if bound is None else layout.place(bound),
             None if random is None else layout.place(random[0]),
         )
         if steps is not None:
             steps = layout.place(steps, axis=steps.ndim - 1)
-        with self._context.watch("training step" if count == 1 else f"{count} training steps"):
-            state, results = known.trainers[key](state, StepInputs(leaves, numbers, steps), constants)
-        keep(trained, state.trained, layout)
-        keep(changed, state.changed, layout)
-        for own, new in zip(states, state.optimizers, strict=True):
-            for name, tensors in own.items():
-                keep(tensors, new[name], layout)
-        for optimizer, own_pending in zip(optimizers, pending, strict=True):
-            if own_pending is not None:
-                optimizer.finish_steps(own_pending)
-        if random is not None:
-            self._context.advance_streams(active, count)
+        # The program takes the old arrays away: until all new ones are in place, the batch is in no state to be left.
+        with Uninterrupted():
+            with self._context.watch("training step" if count == 1 else f"{count} training steps"):
+                state, results = known.trainers[key](state, StepInputs(leaves, numbers, steps), constants)
+            keep(trained, state.trained, layout)
+            keep(changed, state.changed, layout)
+            for own, new in zip(states, state.optimizers, strict=True):
+                for name, tensors in own.items():
+                    keep(tensors, new[name], layout)
+            for optimizer, own_pending in zip(optimizers, pending, strict=True):
+                if own_pending is not None:
+                    optimizer.finish_steps(own_pending)
+            if random is not None:
+                self._context.advance_streams(active, count)
         return known, results if count == 1 else [layout.whole(array, axis=1) for array in results]
 
     def _leaves(
@@ -257,7 +257,9 @@ class FusedStep:
         clip_norm = self.spec.clip_norm
         if clip_norm is None:
             return None
-        return np.broadcast_to(np.asarray(clip_norm, np.float64), (self._context.num_models,))
+        bounds = to_numpy(clip_norm) if isinstance(clip_norm, Tensor) else clip_norm
+        # A copy, as of all that the program may read after the caller has changed it.
+        return np.broadcast_to(np.array(bounds, np.float64), (self._context.num_models,))
 
     def _unpacked(self, known: KnownProgram, results: Arrays, layout: Layout = ONE_DEVICE) -> tuple[Tensor, Any]:
         """Losses, and what the loss returned besides."""

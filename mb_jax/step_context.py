@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 from bridge.by_value import ByValue
 from bridge.keys import surroundings
 from mb_jax.convolution import convolution_form
-from mb_jax.programs import ModelProgram, settings, settings_of_callable, signature
+from mb_jax.outside import read_by
+from mb_jax.programs import ModelProgram, signature
 from mb_jax.rng import Random, random_state
 from mb_jax.sharding import common_layout
 from mb_jax.step_program import Places, StepProgram
@@ -98,9 +99,8 @@ class StepContext:
         """Return the program for arguments of this form; it is translated at first use."""
         key: Hashable = (
             signature(arguments),
-            tuple([settings(backend.modules) for backend in self.backends]),
-            tuple([backend.trainable() for backend in self.backends]),
-            settings_of_callable(self.spec.loss_fn),
+            tuple([backend.built_in() for backend in self.backends]),
+            read_by(self.spec.loss_fn),
             surroundings(),
         )
         known = self._programs.get(key, arguments.leaves)
@@ -138,7 +138,7 @@ class StepContext:
             Places.of(program, trained),
             tuple(mapped),
             min(sizes, default=None),
-            convolution_form(options.convolution, self.num_models),
+            convolution_form(options.convolution, self.layout.local_models(self.num_models)),
         )
 
     def _loss_of_one_model(self, *args: Any) -> Any:

@@ -56,7 +56,7 @@ class ModelBatch(nn.Module):
         device: Where to put the stacks. Default: where the models are.
         ignore: Names of settings that may differ between the models; model 0's is used for all.
         backend_options: Options of the backend itself. ``"torch"`` has none; those of ``"jax"`` are described at
-            `mb_jax.JaxOptions`.
+            `mb_jax.options.JaxOptions`.
 
     Attributes:
         num_models: How many models there are.

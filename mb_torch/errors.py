@@ -14,7 +14,11 @@ class ModelBatchError(Exception):
         problem: What went wrong, naming the model, submodule or key concerned.
         received: The offending value, as the user would recognise it.
         expected: What would have been accepted.
-        fix: What to do about it.
+        fix: What to do about it; on a line of its own where the problem takes several.
+
+    Attributes:
+        problem: What went wrong, with what was received and expected.
+        fix: As given.
 
     Example:
         >>> str(ModelBatchError("model 3: bad lr", received=-1, expected="lr >= 0", fix="Use a positive rate."))
@@ -29,10 +33,10 @@ class ModelBatchError(Exception):
             details.append(f"received {received}")
         if expected is not None:
             details.append(f"expected {expected}")
-        message = problem + (": " + "; ".join(details) if details else "")
-        if fix is not None:
-            message = f"{message.rstrip('.')}. {fix}"
-        super().__init__(message)
+        self.problem = problem + (": " + "; ".join(details) if details else "")
+        self.fix = fix
+        end = "\n" if "\n" in problem else ". "
+        super().__init__(self.problem if fix is None else f"{self.problem.rstrip('.')}{end}{fix}")
 
 
 class IncompatibleModels(ModelBatchError, ValueError):

@@ -58,6 +58,12 @@ _KEPT = (
     aten.dist,
     aten.index_fill,
     aten.take,
+    # Their parts count negative positions from the end.
+    aten.index_add,
+    aten.index_copy,
+    # Their parts count a class for every place of a list that has ended.
+    aten.multilabel_margin_loss_forward,
+    aten.multi_margin_loss,
 )
 
 

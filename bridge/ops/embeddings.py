@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import torch
 from jax import lax
 
+from bridge.ops.bounds import from_start, or_alarm, read
 from bridge.ops.registry import Operation, lowers
 
 aten = torch.ops.aten
@@ -42,7 +43,7 @@ def embedding(
 
 
 def _rows(weight: jax.Array, indices: jax.Array, padding_idx: int, scale_grad_by_freq: bool) -> jax.Array:
-    rows = weight.at[indices].get(mode="fill", fill_value=jnp.nan)
+    rows = read(weight, from_start(indices, weight.shape[0]))
     if scale_grad_by_freq:
         count = jnp.zeros(weight.shape[0], weight.dtype).at[indices.reshape(-1)].add(1)
         rows = _with_gradient_times(rows, 1 / count[indices][..., None])
@@ -66,6 +67,9 @@ def embedding_bag(
 ) -> tuple[jax.Array, ...]:
     """The sum, mean or largest entry of the rows of each bag; an empty bag gives zeros.
 
+    A bag with an index outside of the table, and all of them if offsets do not start at 0 or go beyond the end, are
+    NaN; PyTorch raises.
+
     Returns:
         The bags, and three arrays of which PyTorch promises only the shapes: the bag of each row, the sizes of the
         bags, and the index whose entry was the largest.
@@ -74,7 +78,8 @@ def embedding_bag(
     places = jnp.arange(indices.shape[0], dtype=offsets.dtype)
     bags = jnp.searchsorted(offsets[:count], places, side="right") - 1
     # What does not count goes to a bag that does not exist.
-    bags = jnp.where(indices == padding_idx, count, bags)
+    if padding_idx >= 0:
+        bags = jnp.where(indices == padding_idx, count, bags)
     sizes = jnp.zeros(count, jnp.int64).at[bags].add(1, mode="drop")
     rows = _rows(weight, indices, padding_idx, scale_grad_by_freq)
     if per_sample_weights is not None:
@@ -86,6 +91,8 @@ def embedding_bag(
         largest = jnp.zeros(0, jnp.int64)
     if mode == _MEAN:
         output = output / jnp.maximum(sizes, 1).astype(output.dtype)[:, None]
+    if offsets.shape[0]:
+        output = or_alarm(output, (offsets[0] == 0) & (offsets[-1] <= indices.shape[0]))
     further = [
         jnp.resize(array, result.shape) if array.size else jnp.zeros(result.shape, jnp.int64)
         for array, result in zip((bags, sizes, largest), operation.result[1:], strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from jax import Array, lax
 
+from bridge.ops.bounds import from_start, is_inside, or_alarm, read, read_along
 from bridge.ops.pointwise import as_array, with_slope_of
 from bridge.ops.registry import Operation, lowers
 from mb_torch.errors import Unsupported
@@ -26,14 +28,15 @@ def _at_least_1d(value: Array) -> Array:
 def changed(value: Array, places: Any, source: Array, how: str) -> Array:
     """The value with elements at some places set, added to, and so on, by the name of a method of ``at[]``.
 
-    Of elements that are set twice each gets the gradient of the place, as in PyTorch.
+    Of elements that are set twice each gets the gradient of the place, as in PyTorch. A place outside counts as the
+    nearest one inside, so that what is written there (`or_alarm`) is seen.
     """
     if how != "set" or not jnp.issubdtype(value.dtype, jnp.inexact):
-        result: Array = getattr(value.at[places], how)(source)
+        result: Array = getattr(value.at[places], how)(source, mode="clip")
         return result
-    kept = jnp.ones(value.shape, jnp.bool_).at[places].set(False)
-    written = lax.stop_gradient(value).at[places].set(lax.stop_gradient(source))
-    return with_slope_of(written, jnp.where(kept, value, 0).at[places].add(source))
+    kept = jnp.ones(value.shape, jnp.bool_).at[places].set(False, mode="clip")
+    written = lax.stop_gradient(value).at[places].set(lax.stop_gradient(source), mode="clip")
+    return with_slope_of(written, jnp.where(kept, value, 0).at[places].add(source, mode="clip"))
 
 
 # Whole rows, by lists of indices.
@@ -43,13 +46,19 @@ def _subscript(indices: Index) -> tuple[Any, ...]:
     return tuple(slice(None) if index is None else index for index in indices)
 
 
-@lowers(aten.index.Tensor, aten._unsafe_index.Tensor)
+@lowers(aten.index.Tensor)
 def _index(operation: Operation, value: Array, indices: Index) -> Array:
     if any(index is not None and index.dtype in (jnp.bool_, jnp.uint8) for index in indices):
         raise Unsupported(
             "the number of elements that a mask selects depends on values",
             fix="Use torch.where or multiply by the mask.",
         )
+    return read(value, _subscript(indices))
+
+
+@lowers(aten._unsafe_index.Tensor)
+def _index_inside(operation: Operation, value: Array, indices: Index) -> Array:
+    """Decompositions know that their positions are inside, so nothing is checked."""
     return value[_subscript(indices)]
 
 
@@ -82,6 +91,12 @@ def _index_put(operation: Operation, value: Array, indices: Index, values: Array
                 fix="Use torch.where.",
             )
         return _put_where(value, indices[masks[0]], masks[0], values, accumulate)
+    inside = [
+        jnp.all(is_inside(index, size, from_end=True))
+        for index, size in zip(indices, value.shape, strict=False)
+        if index is not None
+    ]
+    values = or_alarm(values, functools.reduce(jnp.logical_and, inside, jnp.asarray(True)))
     return changed(value, _subscript(indices), values, "add" if accumulate else "set")
 
 
@@ -97,39 +112,51 @@ def _put_where(value: Array, mask: Array | None, start: int, values: Array, accu
                 *values.shape[: values.ndim - len(rest) - 1], *[1] * mask.ndim, *values.shape[values.ndim - len(rest) :]
             )
     else:
-        rank = jnp.clip(jnp.cumsum(mask.reshape(-1)) - 1, 0, own - 1).reshape(mask.shape)
-        values = jnp.take(values, rank, axis=values.ndim - len(rest) - 1)
+        # PyTorch raises unless the mask selects as many elements as there are values.
+        rank = jnp.cumsum(mask.reshape(-1))
+        rank = jnp.where(rank[-1:] == own, rank - 1, own).reshape(mask.shape)
+        values = read(values, (*[slice(None)] * (values.ndim - len(rest) - 1), rank))
     chosen = mask.reshape(*mask.shape, *[1] * len(rest))
     return jnp.where(chosen, value + values if accumulate else values, value)
 
 
 @lowers(aten.index_select.default)
 def _index_select(operation: Operation, value: Array, dim: int, index: Array) -> Array:
-    return jnp.take(_at_least_1d(value), _at_least_1d(index), axis=dim).reshape(operation.shape)
+    rows = _at_least_1d(value)
+    dim %= rows.ndim
+    index = from_start(_at_least_1d(index), rows.shape[dim])
+    return read(rows, (*[slice(None)] * dim, index)).reshape(operation.shape)
 
 
 def _rows_changed(value: Array, dim: int, index: Array, source: Array, how: str) -> Array:
-    """The value with whole rows along a dimension set or added to."""
+    """The value with whole rows along a dimension set or added to. Negative rows count from the end."""
     rows = _at_least_1d(value)
     places = (*[slice(None)] * (dim % rows.ndim), _at_least_1d(index))
     return changed(rows, places, source, how).reshape(value.shape)
 
 
+def _if_inside(source: Array, value: Array, dim: int, index: Array, *, from_end: bool = False) -> Array:
+    """What is written to rows along a dimension, or the alarm if any of them does not exist."""
+    size = value.shape[dim] if value.ndim else 1
+    return or_alarm(source, jnp.all(is_inside(index, size, from_end=from_end)))
+
+
 @lowers(aten.index_add.default)
 def _index_add(operation: Operation, value: Array, dim: int, index: Array, source: Array, *, alpha: Any = 1) -> Array:
     added = source if alpha == 1 else source * jnp.asarray(alpha, value.dtype)
-    return _rows_changed(value, dim, index, _at_least_1d(added), "add")
+    return _rows_changed(value, dim, index, _if_inside(_at_least_1d(added), value, dim, index), "add")
 
 
 @lowers(aten.index_copy.default)
 def _index_copy(operation: Operation, value: Array, dim: int, index: Array, source: Array) -> Array:
-    return _rows_changed(value, dim, index, _at_least_1d(source), "set")
+    return _rows_changed(value, dim, index, _if_inside(_at_least_1d(source), value, dim, index), "set")
 
 
 @lowers(aten.index_fill.int_Scalar, aten.index_fill.int_Tensor)
 def _index_fill(operation: Operation, value: Array, dim: int, index: Array, filling: Any) -> Array:
     kept = _rows_changed(jnp.ones(value.shape, jnp.bool_), dim, index, jnp.asarray(False), "set")
-    return jnp.where(kept, value, as_array(filling, value.dtype))
+    filling = _if_inside(as_array(filling, value.dtype), value, dim, index, from_end=True)
+    return jnp.where(kept, value, filling)
 
 
 @lowers(aten.index_reduce.default)
@@ -169,7 +196,7 @@ def _gather(operation: Operation, value: Array, dim: int, index: Array, *, spars
         return jnp.zeros(index.shape, value.dtype)
     value, index = _at_least_1d(value), _at_least_1d(index)
     dim %= value.ndim
-    return jnp.take_along_axis(_cropped(value, index, dim), index, axis=dim).reshape(operation.shape)
+    return read_along(_cropped(value, index, dim), index, dim).reshape(operation.shape)
 
 
 @lowers(aten.take_along_dim.default)
@@ -197,18 +224,33 @@ def _scattered(value: Array, dim: int, index: Array, source: Any, how: str) -> A
     return changed(rows, _places(index, dim), source, how).reshape(value.shape)
 
 
+def _checked(source: Any, value: Array, dim: int, index: Array) -> Array:
+    """What is scattered along a dimension, or the alarm.
+
+    Lines along the dimension have nothing to do with each other, so a place outside spoils its own line only.
+    """
+    source, index = as_array(source, value.dtype), _at_least_1d(index)
+    if index.size == 0:
+        return source
+    if source.ndim:
+        source = _cropped(source, index)
+    size = value.shape[dim] if value.ndim else 1
+    return or_alarm(source, jnp.all(is_inside(index, size), axis=dim, keepdims=True))
+
+
 @lowers(aten.scatter.src, aten.scatter.value)
 def _scatter(operation: Operation, value: Array, dim: int, index: Array, source: Any) -> Array:
-    return _scattered(value, dim, index, source, "set")
+    return _scattered(value, dim, index, _checked(source, value, dim, index), "set")
 
 
 @lowers(aten.scatter_add.default)
 def _scatter_add(operation: Operation, value: Array, dim: int, index: Array, source: Array) -> Array:
-    return _scattered(value, dim, index, source, "add")
+    return _scattered(value, dim, index, _checked(source, value, dim, index), "add")
 
 
 @lowers(aten.scatter.reduce, aten.scatter.value_reduce)
 def _scatter_with(operation: Operation, value: Array, dim: int, index: Array, source: Any, *, reduce: str) -> Array:
+    source = _checked(source, value, dim, index)
     return _scattered(value, dim, index, source, {"add": "add", "multiply": "multiply"}[reduce])
 
 
@@ -227,7 +269,7 @@ def _scatter_reduce(
         return value
     shape = value.shape
     value, index, source = _at_least_1d(value), _at_least_1d(index), _at_least_1d(source)
-    source = _cropped(source, index)
+    source = _checked(source, value, dim, index)
     counts = _scattered(jnp.zeros(value.shape, jnp.int64), dim, index, 1, "add")
     if not include_self:
         neutral = _neutral(reduce, value.dtype)
@@ -320,18 +362,20 @@ def _masked_scatter(operation: Operation, value: Array, mask: Array, source: Arr
     value, mask = jnp.broadcast_arrays(value, mask)
     if value.size == 0 or source.size == 0:
         return value
-    rank = jnp.clip(jnp.cumsum(mask.reshape(-1)) - 1, 0, source.size - 1)
-    return jnp.where(mask, source.reshape(-1)[rank].reshape(mask.shape), value)
+    # Where the mask selects more elements than there are, PyTorch raises.
+    rank = jnp.cumsum(mask.reshape(-1)) - 1
+    return jnp.where(mask, read(source.reshape(-1), rank).reshape(mask.shape), value)
 
 
 @lowers(aten.take.default)
 def _take(operation: Operation, value: Array, index: Array) -> Array:
-    return value.reshape(-1)[index]
+    return read(value.reshape(-1), index)
 
 
 @lowers(aten.put.default)
 def _put(operation: Operation, value: Array, index: Array, source: Array, accumulate: bool = False) -> Array:
     how = "add" if accumulate else "set"
+    source = or_alarm(source, jnp.all(is_inside(index, value.size, from_end=True)))
     return changed(value.reshape(-1), index.reshape(-1), source.reshape(-1), how).reshape(value.shape)
 
 

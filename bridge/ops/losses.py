@@ -11,6 +11,7 @@ import torch
 from jax import Array
 
 from bridge.dtypes import as_jax_dtype
+from bridge.ops.bounds import read_along
 from bridge.ops.pointwise import absolute
 from bridge.ops.reductions import axes
 from bridge.ops.registry import Operation, lowers
@@ -57,10 +58,13 @@ def _logsumexp(operation: Operation, value: Array, dim: Any, keepdim: bool = Fal
 def _class_losses(
     scores: Array, target: Array, weight: Array | None, ignore_index: int, axis: int
 ) -> tuple[Array, Array]:
-    """The weighted loss and the weight of each target; both are zero where it is to be ignored."""
+    """The weighted loss and the weight of each target; both are zero where it is to be ignored.
+
+    The loss of a target that is no class, where PyTorch raises, is NaN.
+    """
     counted = target != ignore_index
     safe = jnp.where(counted, target, 0)
-    chosen = jnp.squeeze(jnp.take_along_axis(scores, jnp.expand_dims(safe, axis), axis=axis), axis)
+    chosen = jnp.squeeze(read_along(scores, jnp.expand_dims(safe, axis), axis), axis)
     weights = jnp.ones(target.shape, scores.dtype) if weight is None else weight[safe]
     weights = jnp.where(counted, weights, 0)
     return jnp.where(counted, -chosen * weights, 0), weights
@@ -90,9 +94,10 @@ def _multi_margin_loss(
     reduction: int = _MEAN,
 ) -> Array:
     rows, targets = jnp.atleast_2d(scores), jnp.atleast_1d(target)
-    own = jnp.take_along_axis(rows, targets[:, None], axis=1)
-    short = jnp.maximum(margin - own + rows, 0)
-    short = jnp.where(margin - own + rows > 0, short, 0)
+    own = read_along(rows, targets[:, None], 1)
+    short = margin - own + rows
+    # So that NaN, for a target that is no class, stays.
+    short = jnp.where(short <= 0, 0, short)
     losses = short if p == 1 else short * short
     if weight is not None:
         losses = losses * weight[targets][:, None]
@@ -103,13 +108,13 @@ def _multi_margin_loss(
 @lowers(aten.multilabel_margin_loss_forward.default)
 def _multilabel_margin_loss(operation: Operation, scores: Array, target: Array, reduction: int) -> tuple[Array, Array]:
     rows, targets = jnp.atleast_2d(scores), jnp.atleast_2d(target)
-    # Targets count up to the first negative one.
-    listed = jnp.cumprod(targets >= 0, axis=1).astype(bool)
+    # Targets count up to the first -1. Any other number that is no class gives NaN, where PyTorch raises.
+    listed = jnp.cumprod(targets != -1, axis=1).astype(bool)
     safe = jnp.where(listed, targets, 0)
     classes = jnp.arange(rows.shape[1])
     is_target = jnp.any(listed[:, :, None] & (safe[:, :, None] == classes), axis=1)
-    distance = 1 - jnp.take_along_axis(rows, safe, axis=1)[:, :, None] + rows[:, None, :]
-    counted = listed[:, :, None] & ~is_target[:, None, :] & (distance > 0)
+    distance = 1 - read_along(rows, safe, 1)[:, :, None] + rows[:, None, :]
+    counted = listed[:, :, None] & ~is_target[:, None, :] & ~(distance <= 0)
     losses = jnp.sum(jnp.where(counted, distance, 0), axis=(1, 2)) / rows.shape[1]
     return _reduced(losses.reshape(scores.shape[:-1]), reduction), is_target.reshape(target.shape)
 
@@ -170,5 +175,7 @@ def _cross_entropy_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Arra
 def _binary_cross_entropy(
     operation: Operation, probability: Array, target: Array, weight: Array | None = None, reduction: int = _MEAN
 ) -> Array:
-    loss = _cross_entropy_of_probability(probability, target)
+    """PyTorch raises where a probability or target is not within [0, 1]; here that element's loss is NaN."""
+    # The logarithms see to the probabilities.
+    loss = jnp.where((target >= 0) & (target <= 1), _cross_entropy_of_probability(probability, target), jnp.nan)
     return _reduced(loss if weight is None else loss * weight, reduction)

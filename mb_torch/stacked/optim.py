@@ -213,6 +213,10 @@ class StackedOptimizer(PerModelOptimizer):
             for bucket in buckets:
                 update_bucket(self.rule, bucket, numbers, hyper.flags, active, look=look)
 
+    def check_groups(self) -> None:
+        """See `PerModelOptimizer`."""
+        self._read_groups()
+
     def _fits_kernel(self, buckets: Sequence[Bucket]) -> bool:
         # torch's kernels read any memory as if it were contiguous, and round half precision otherwise than its loops.
         return (
@@ -268,7 +272,7 @@ class StackedOptimizer(PerModelOptimizer):
         """Count an update whose compiled function has run."""
         for index, clock in pending.clocks.items():
             self._stacked_state.clocks[index] = clock
-        self.updates_done += 1
+        self.count_updates(1)
 
     def _as_tensor(self, key: tuple[int, str], value: Value) -> Tensor:
         """A number of every model ``[num_models]``; most of them are what they were in the step before."""

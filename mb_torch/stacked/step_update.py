@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 
 import torch
@@ -13,7 +14,7 @@ from mb_torch.clipping import clip_gradients_, rows, separate
 from mb_torch.errors import InvalidInput, Unsupported
 from mb_torch.stacked.definition import Definition
 from mb_torch.stacked.optim import StackedOptimizer
-from mb_torch.stacked.views import PerModelOptimizer
+from mb_torch.stacked.views import PerModelOptimizer, ViewOptimizer
 
 Place = tuple[int, int]
 """A trained stack: which definition, and its position among that definition's tensors."""
@@ -36,24 +37,64 @@ class PendingGradients:
     def add(self, grads: Mapping[Place, Tensor], active: Tensor | None, share: float) -> None:
         """Add a call's gradients times ``share``; models that are not active add nothing, not even a NaN."""
         for place, grad in grads.items():
-            own = grad if active is None else torch.where(rows(active, grad), grad, 0)
+            own = _of_active(grad, active)
             total = self._grads.get(place)
             self._grads[place] = own * share if total is None else total.add_(own, alpha=share)
-        if not self.calls:
-            self._active = active
-        elif self._active is not None:
-            self._active = None if active is None else self._active | active
+        self._active = self.active_with(active)
         self.calls += 1
 
-    def take(self) -> tuple[dict[Place, Tensor], Tensor | None]:
-        """Return the gradients and the models that were active in any call, and start anew."""
-        taken = self._grads, self._active
+    def active_with(self, active: Tensor | None) -> Tensor | None:
+        """The models that were active in any call, those of another call included; None for all."""
+        if not self.calls:
+            return active
+        return None if active is None or self._active is None else self._active | active
+
+    def with_call(
+        self, grads: Mapping[Place, Tensor], active: Tensor | None, share: float
+    ) -> tuple[dict[Place, Tensor], Tensor | None]:
+        """What `add` would make of a call, in tensors that may be changed; nothing changes here."""
+        totals = {place: total.clone() for place, total in self._grads.items() if place not in grads}
+        for place, grad in grads.items():
+            own = _of_active(grad, active)
+            total = self._grads.get(place)
+            totals[place] = own * share if total is None else total.add(own, alpha=share)
+        return totals, self.active_with(active)
+
+    def so_far(self) -> tuple[dict[Place, Tensor], Tensor | None]:
+        """The gradients, in tensors that may be changed, and the models that were active in any call."""
+        return {place: total.clone() for place, total in self._grads.items()}, self._active
+
+    def clear(self) -> None:
+        """Start anew, after an update."""
         self.calls, self._grads, self._active = 0, {}, None
-        return taken
+
+
+def _of_active(grad: Tensor, active: Tensor | None) -> Tensor:
+    return grad if active is None else torch.where(rows(active, grad), grad, 0)
+
+
+def check_update(spec: StepSpec, active: Tensor | None) -> None:
+    """Raise what `update_models` would raise because of what the optimizers are asked for.
+
+    Called before anything has changed: what a failed update follows (changed buffers, say) stays otherwise.
+
+    Args:
+        spec: What the step was asked to do.
+        active: As in `update_models`.
+    """
+    for optimizer in spec.optimizers:
+        if isinstance(optimizer, PerModelOptimizer):
+            optimizer.check_groups()
+        elif optimizer is not None and active is not None and spec.scaler is None:
+            raise Unsupported(
+                f"a {type(optimizer).__name__} over stacked parameters updates all models or none, "
+                "but not all are active",
+                fix="Make the optimizer with OptimizerFactory.",
+            )
 
 
 def update_models(spec: StepSpec, trained: list[list[Tensor]], grads: Gradients, active: Tensor | None) -> None:
-    """Unscale, clip and apply gradients.
+    """Unscale, clip and apply gradients, after `check_update`.
 
     Args:
         spec: What the step was asked to do.
@@ -108,11 +149,6 @@ def _apply(optimizer: torch.optim.Optimizer, parameters: list[Tensor], grads: Gr
         by_stack = {id(parameter): grad for parameter, grad in zip(parameters, grads, strict=True)}
         optimizer.update([by_stack.get(id(stack)) for stack in optimizer.stacks.values()], active)
         return
-    if active is not None:
-        raise Unsupported(
-            f"a {type(optimizer).__name__} over stacked parameters updates all models or none, but not all are active",
-            fix="Make the optimizer with OptimizerFactory.",
-        )
     for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = grad
     optimizer.step()
@@ -130,6 +166,13 @@ def updates_exactly(optimizer: torch.optim.Optimizer, stacks: list[Tensor]) -> b
 def check_optimizer(definition: Definition, optimizer: torch.optim.Optimizer, spec: StepSpec) -> None:
     """Raise unless the optimizer trains this batch and can do what the step asks of it."""
     per_model = isinstance(optimizer, PerModelOptimizer)
+    optimizer_cls = optimizer.optimizer_cls if isinstance(optimizer, ViewOptimizer) else type(optimizer)
+    closure = inspect.signature(optimizer_cls.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise Unsupported(
+            f"{optimizer_cls.__name__} needs a closure that evaluates the loss anew; a training step evaluates it once",
+            fix="Train these models one by one, or choose another optimizer.",
+        )
     given = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if isinstance(optimizer, PerModelOptimizer):
         given = list(optimizer.stacks.values())

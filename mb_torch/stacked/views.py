@@ -151,9 +151,22 @@ class PerModelOptimizer(torch.optim.Optimizer):
             # A mask on an accelerator is not looked at: that would wait for the device.
             if active.device.type == "cpu" and bool(active.all()):
                 active = None
-        self.updates_done += 1
+        self.count_updates(1)
         with torch.no_grad():
             self._update(list(grads), active)
+
+    def check_groups(self) -> None:
+        """Raise if an update would refuse the parameter groups as they are; nothing changes.
+
+        Raises:
+            InvalidInput: Names the model and the option.
+        """
+
+    def count_updates(self, count: int) -> None:
+        """Count updates, which a training step makes without a call of `step`, for schedulers to know of them."""
+        self.updates_done += count
+        # What torch's own schedulers look at before they warn about the order of steps.
+        self._opt_called = True
 
     def _check_grads(self, grads: Sequence[Tensor | None]) -> None:
         if len(grads) != len(self._stacks):

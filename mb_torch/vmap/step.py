@@ -20,7 +20,15 @@ from mb_torch.stacked.arguments import Arguments
 from mb_torch.stacked.packing import check_loss
 from mb_torch.stacked.parts import Plan, plan_parts
 from mb_torch.stacked.rows import rows_of
-from mb_torch.stacked.step_update import Gradients, PendingGradients, check_optimizer, update_models, updates_exactly
+from mb_torch.stacked.step_update import (
+    Gradients,
+    PendingGradients,
+    Place,
+    check_optimizer,
+    check_update,
+    update_models,
+    updates_exactly,
+)
 from mb_torch.vmap.compiled import NotCompilable
 from mb_torch.vmap.compiled_step import CompiledStep, Job, Used, trained_places
 from mb_torch.vmap.mapping import Fallback, ModelMap, with_model_axis
@@ -55,6 +63,8 @@ class FusedStep:
             (inputs, targets, self.spec.loss_args), (not self.spec.shared_input, not shared_targets, True)
         )
         active = self._active(arguments.rows)
+        if self._pending.calls + 1 == self.spec.accumulate:
+            check_update(self.spec, self._pending.active_with(active))
         saved = None if active is None else [[b.clone() for b in d.buffers()] for d in self._models.definitions]
         plan = plan_parts(self.num_models, self._chunk_size(), arguments)
         keys = self._keys()
@@ -107,10 +117,15 @@ class FusedStep:
     def flush(self) -> None:
         """Make an update of gradients accumulated so far, if there are any."""
         if self._pending.calls:
-            grads, active = self._pending.take()
-            # A parameter that was frozen in between loses what it had.
-            own = [grads.get(place) for place in trained_places(self._stacks())]
-            update_models(self.spec, self._trained(), own, active)
+            grads, active = self._pending.so_far()
+            check_update(self.spec, active)
+            self._update_with_pending(grads, active)
+
+    def _update_with_pending(self, grads: dict[Place, Tensor], active: Tensor | None) -> None:
+        # A parameter that was frozen in between loses what it had.
+        own = [grads.get(place) for place in trained_places(self._stacks())]
+        update_models(self.spec, self._trained(), own, active)
+        self._pending.clear()
 
     def _loss_of_one_model(self, *args: Any) -> Tensor | tuple[Tensor, Any]:
         *models, inputs, targets, loss_args = args
@@ -342,9 +357,12 @@ class FusedStep:
             update_models(self.spec, self._trained(), grads, active)
             return
         pairs = zip(trained_places(self._stacks()), grads, strict=True)
-        self._pending.add({place: grad for place, grad in pairs if grad is not None}, active, 1 / self.spec.accumulate)
-        if self._pending.calls == self.spec.accumulate:
-            self.flush()
+        by_place = {place: grad for place, grad in pairs if grad is not None}
+        share = 1 / self.spec.accumulate
+        if self._pending.calls + 1 == self.spec.accumulate:
+            self._update_with_pending(*self._pending.with_call(by_place, active, share))
+        else:
+            self._pending.add(by_place, active, share)
 
 
 def _join_gradients(plan: Plan, parts: list[Gradients]) -> Gradients:

@@ -52,6 +52,11 @@ def dropping() -> nn.Module:
     return nn.Sequential(nn.Dropout(0.25), nn.Linear(4, 32), nn.Tanh(), nn.Dropout(0.5), nn.Linear(32, 3))
 
 
+def normed_and_dropping() -> nn.Module:
+    """A model whose passes change buffers and the step of its random stream."""
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.25), nn.Linear(8, 3))
+
+
 class Mixed(nn.Module):
     """Frozen, tied and transient tensors, and names that collide when dots become underscores."""
 

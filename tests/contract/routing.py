@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mb_torch import DataRouter, ModelBatch, OptimizerFactory
-from tests.compare import assert_close, assert_equal
+from tests.compare import assert_close, assert_different, assert_equal
 from tests.contract.base import (
     ContractBase,
     batches,
@@ -23,11 +23,13 @@ from tests.contract.base import (
     mlp,
     model_state,
     normed,
+    normed_and_dropping,
     plain_gradients,
     plain_sgd,
     sgd_for,
     state_of,
 )
+from tests.contract.steps import everything_of_all
 from tests.parity.loop import train_alone
 
 # Rows of models 0 to 3; model 3 has none in the second case.
@@ -45,6 +47,12 @@ CLASS_WEIGHTS = torch.tensor([0.2, 1.0, 5.0])
 def weighted(outputs: Tensor, targets: Tensor) -> Tensor:
     """A mean whose denominator depends on the labels: padding can not be divided out afterwards."""
     return F.cross_entropy(outputs, targets, weight=CLASS_WEIGHTS)
+
+
+def of_known_lengths(outputs: Tensor, targets: Tensor) -> Tensor:
+    if len(outputs) > 3:
+        raise ValueError(f"{len(outputs)} rows")
+    return F.cross_entropy(outputs, targets)
 
 
 def route(rows: list[list[int]], inputs: Tensor | None = None, targets: Tensor | None = None) -> Any:
@@ -205,6 +213,31 @@ class RoutingContract(ContractBase):
             step = mb.make_train_step(weighted, sgd_for(mb))
             results.append((step(given, targets), state_of(mb)))
         assert_equal(results[1], results[0])
+
+    @pytest.mark.parametrize("accumulate", [1, 2])
+    def test_a_part_that_fails_leaves_the_others_unchanged(self, accumulate: int) -> None:
+        """Models with equally many rows run together; those with more come after others have run."""
+        pairs = []
+        for _ in range(2):
+            mb = self.routed_batch(build(normed_and_dropping, 4), seeds=[1, 2, 3, 4])
+            optimizer = sgd_for(mb)
+            pairs.append((mb, optimizer, mb.make_train_step(of_known_lengths, optimizer, accumulate=accumulate)))
+        (mb, optimizer, step), (other, other_optimizer, other_step) = pairs
+        known, unknown = [[0, 1], [1, 2, 3], [2, 3], [4, 5]], [[0, 1], [1, 2, 3], [0, 1, 2, 3], [4, 5]]
+        for own in (step, other_step):
+            for _ in range(2 * accumulate - 1):
+                own(*route(known)[:2])
+        state = everything_of_all(mb, optimizer)
+        with pytest.raises(ValueError, match="4 rows"):
+            step(*route(unknown)[:2])
+        assert_equal(everything_of_all(mb, optimizer), state)
+        for own in (step, other_step):
+            own(*route(known)[:2])
+        assert_different(everything_of_all(mb, optimizer), state)
+        assert_equal(
+            everything_of_all(mb, optimizer),
+            everything_of_all(other, other_optimizer),
+        )
 
     def test_accumulation_with_a_model_that_has_rows_only_sometimes(self) -> None:
         models = build(mlp, 4)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mb_torch import GradScaler, InvalidInput, ModelBatch, OptimizerFactory
+from mb_torch import GradScaler, InvalidInput, ModelBatch, OptimizerFactory, Unsupported
 from tests.compare import assert_close, assert_different, assert_equal
 from tests.contract.base import (
     ContractBase,
@@ -26,6 +26,7 @@ from tests.contract.base import (
     mlp,
     model_state,
     normed,
+    normed_and_dropping,
     plain_sgd,
     sgd_for,
     state_of,
@@ -40,6 +41,11 @@ def everything(mb: ModelBatch, optimizer: Any, index: int) -> dict[str, Any]:
     """All that belongs to one model: tensors, optimizer state and the step of its random stream."""
     steps = mb.streams.steps[index].clone() if mb.streams is not None else None
     return copy.deepcopy([model_state(mb, index), optimizer.model_state_dict(index), steps])
+
+
+def everything_of_all(mb: ModelBatch, optimizer: Any) -> list[Any]:
+    """All that belongs to each model."""
+    return [everything(mb, optimizer, index) for index in range(mb.num_models)]
 
 
 def smoothed(outputs: Tensor, targets: Tensor, *, smoothing: Tensor, weight: Tensor, power: float = 1.0) -> Tensor:
@@ -87,6 +93,20 @@ class StepsContract(ContractBase):
     @counts
     def test_run_equals_single_steps(self, count: int) -> None:
         self.check_step(normed, count=count, run=True)
+
+    def test_a_scheduler_of_torch_sees_the_updates_of_steps(self) -> None:
+        """Warnings are errors here, and torch warns about a scheduler that is stepped before its optimizer."""
+        mb = self.batch(build(mlp, 2))
+        optimizer = sgd_for(mb)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        mb.make_train_step(F.cross_entropy, optimizer)(features(), labels())
+        scheduler.step()
+        assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.025]
+
+    def test_an_optimizer_that_evaluates_the_loss_itself_is_refused(self) -> None:
+        mb = self.batch(build(mlp, 2))
+        with pytest.raises(Unsupported, match="LBFGS needs a closure .* one by one, or choose another optimizer"):
+            mb.make_train_step(F.cross_entropy, torch.optim.LBFGS(mb.parameters()))
 
     @pytest.mark.parametrize("steps", [1, 4])
     @pytest.mark.parametrize("per_model", [False, True])
@@ -309,6 +329,53 @@ class StepsContract(ContractBase):
             train_alone([models[index]], [tuple(seen)], share_of(classify, 2), lambda _, p, i=index: plain_sgd(i, p))
         states = mb.get_model_states()[:3]
         assert_close([dict(state) for state in states], [dict(m.state_dict()) for m in models[:3]])
+
+    @pytest.mark.parametrize(("accumulate", "flushes"), [(1, False), (2, False), (3, True)])
+    @pytest.mark.parametrize("scaled", [False, True])
+    def test_a_call_whose_update_is_refused_changes_nothing(self, accumulate: int, flushes: bool, scaled: bool) -> None:
+        pairs = []
+        for _ in range(2):
+            mb = self.batch(build(normed_and_dropping, 3), seeds=[1, 2, 3])
+            optimizer = sgd_for(mb)
+            scaler = GradScaler(3, init_scale=8.0) if scaled else None
+            options = {"accumulate": accumulate, "clip_norm": 0.05, "scaler": scaler}
+            pairs.append((mb, optimizer, mb.make_train_step(F.cross_entropy, optimizer, **options)))
+        (mb, optimizer, step), (other, other_optimizer, other_step) = pairs
+        *before, last = batches(2 * accumulate)
+        for batch in before:
+            step(*batch)
+            other_step(*batch)
+        state = everything_of_all(mb, optimizer)
+        group = optimizer.param_groups[1]
+        lr, group["lr"] = group["lr"], "x"
+        with pytest.raises(InvalidInput, match="model 1: lr"):
+            step.flush() if flushes else step(*last)
+        group["lr"] = lr
+        assert_equal(everything_of_all(mb, optimizer), state)
+        for own in (step, other_step):
+            own.flush() if flushes else own(*last)
+        assert_different(everything_of_all(mb, optimizer), state)
+        assert_equal(everything_of_all(mb, optimizer), everything_of_all(other, other_optimizer))
+
+    def test_an_update_that_fails_leaves_the_gradients_before(self) -> None:
+        """An optimizer of another kind, which raises when it updates."""
+        pairs = []
+        for _ in range(2):
+            mb = self.batch(build(mlp, 3))
+            optimizer = torch.optim.SGD(mb.parameters(), lr=0.1)
+            pairs.append((mb, optimizer, mb.make_train_step(F.cross_entropy, optimizer, accumulate=2, clip_norm=0.05)))
+        (mb, optimizer, step), (other, _, other_step) = pairs
+        first, second = batches(2)
+        step(*first)
+        other_step(*first)
+        optimizer.param_groups[0]["lr"] = "x"
+        with pytest.raises((TypeError, ValueError)):
+            step(*second)
+        optimizer.param_groups[0]["lr"] = 0.1
+        assert_equal(state_of(mb), state_of(other))
+        step(*second)
+        other_step(*second)
+        assert_equal(state_of(mb), state_of(other))
 
     def test_no_model_active_while_accumulating(self) -> None:
         mb = self.batch(build(mlp, 2))

@@ -15,9 +15,10 @@ def main() -> None:
     address, file = sys.argv[1:]
     # Rank and size come from Slurm's environment.
     init_distributed("jax", address=address)
-    mb = build(4)
+    mb = build(4, devices="all")
     trained = train(mb)
-    torch.save({**trained._asdict(), "devices": mb.backend_report()["devices"]}, file)
+    devices = {"devices": mb.backend_report()["devices"], "devices by default": build(4).backend_report()["devices"]}
+    torch.save({**trained._asdict(), **devices}, file)
 
 
 if __name__ == "__main__":

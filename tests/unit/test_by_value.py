@@ -150,6 +150,49 @@ def test_random_numbers_are_drawn_anew() -> None:
 
 
 @pytest.mark.parametrize(
+    "draw",
+    [
+        lambda n: torch.zeros_like(n, dtype=torch.float).normal_(),
+        lambda n: nn.init.uniform_(torch.empty_like(n, dtype=torch.float), 1.0, 2.0),
+        lambda n: n.new_zeros(2, dtype=torch.float).bernoulli_(0.5),
+        lambda n: torch.full_like(n.float(), 3).exponential_(),
+    ],
+)
+def test_random_numbers_in_new_tensors_are_drawn_anew(draw: Callable[[Tensor], Tensor]) -> None:
+    made = translated(lambda x, n: x[: n.max()].sum() + draw(n), X, tensor([1, 2]))
+    assert made.draws
+    arguments = [to_jax(X), to_jax(tensor([1, 2]))]
+    with jax.enable_x64(True):
+        one, other = (made.run(arguments, jax.random.key(seed), "native")[0].tolist() for seed in (1, 2))
+    assert len({*one, *other}) > 1
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda x, n: n.float().normal_(),
+        lambda x, n: n.float().uniform_(1, 2),
+        lambda x, n: (n > 0).float().bernoulli_(0.5),
+        lambda x, n: n.random_(3),
+        lambda x, n: n.add_(x.argmax()),
+        lambda x, n: torch.add(n, x.argmax(), out=n),
+        lambda x, n: n.__setitem__(0, x.argmax()) or n,
+    ],
+)
+def test_what_is_not_known_is_not_written_into_known_tensors(write: Callable[[Tensor, Tensor], Tensor]) -> None:
+    with pytest.raises(Unsupported, match=r"writes what is not known into a tensor of known(.|\n)*torch\.zeros"):
+        translated(lambda x, n: x[: n.max()].sum() + write(x, n + 1), X, tensor([1, 2]))
+
+
+def test_views_with_the_shape_of_something_unknown_are_of_the_same_memory() -> None:
+    def function(x: Tensor, n: Tensor) -> Tensor:
+        n.view_as(x[0, :2]).add_(1)
+        return x[: n.max()].sum() * n.expand_as(x[:, :2]).sum()
+
+    assert translated(function, X, tensor([1, 0])).known == (1,)
+
+
+@pytest.mark.parametrize(
     "function",
     [
         lambda x, n: x * x.sum().item(),
@@ -243,7 +286,6 @@ class TestPrograms:
         with caplog.at_level(logging.WARNING, logger="modelbatch.jax"):
             for value in range(31):
                 programs.put("form", [0], [tensor(value)], value)
-                programs.put(f"form {value}", [], [tensor(value)], value)
             assert not caplog.records
             for value in range(31, 100):
                 programs.put("form", [0], [tensor(value)], value)
@@ -251,6 +293,15 @@ class TestPrograms:
         assert (record.name, record.levelname) == ("modelbatch.jax", "WARNING")
         assert record.getMessage().startswith("32 sets of lengths")
         assert "bucket the lengths" in record.getMessage()
+
+    def test_many_forms_are_warned_about_once(self, caplog: pytest.LogCaptureFixture) -> None:
+        programs: ByValue[int] = ByValue()
+        with caplog.at_level(logging.WARNING, logger="modelbatch.jax"):
+            for value in range(100):
+                programs.put(f"form {value}", [], [], value)
+        (record,) = caplog.records
+        assert record.getMessage().startswith("32 programs so far")
+        assert "loss_args=" in record.getMessage()
 
 
 class TestTranslate:

@@ -85,6 +85,7 @@ class TestRun:
         weights = {f"weights/model_{i}.pt" for i in range(6)}
         assert written == {"results.json", "validation_curves.png", "heat_map.png", *weights}
         assert f"Written to {folder}" in result.stdout
+        assert "backend torch." in result.stdout.splitlines()[0]
         assert result.stderr == ""
 
     def test_pictures_are_large_enough_to_read(self, finished: tuple[Result, Path]) -> None:
@@ -116,6 +117,7 @@ class TestRun:
 
     def test_numbers_agree_with_each_other(self, results: dict[str, Any]) -> None:
         assert results["settings"]["models"] == 6
+        assert results["settings"]["backend"] == "torch"
         assert results["settings"]["epochs"] == 2
         for record in results["models"]:
             for name, curve in record["epochs"].items():
@@ -222,6 +224,7 @@ class TestErrors:
         assert result.stderr.startswith("Error: ")
         assert result.stderr.count("\n") == 1
         assert message in result.stderr
+        assert result.stdout == ""
         assert isinstance(result.exception, SystemExit)
 
     def test_unwritable_output_is_found_before_the_training(self, tmp_path: Path) -> None:
@@ -343,7 +346,8 @@ class TestComparison:
         assert len(comparison.models) == 1
         assert comparison.loop_seconds == pytest.approx(6 * comparison.measured_seconds)
         assert comparison.checked_models == 6
-        assert "(measured on 1 model, extrapolated)" in self.printed(comparison, history)
+        said = r"another: [\d.]+ s extrapolated from 1 model, at once: [\d.]+ s \([\d.]+ times, extrapolated\)"
+        assert re.search(said, self.printed(comparison, history))
 
     def test_sees_that_other_weights_were_trained(self, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
         """Negative control: the loop gets configurations of other models."""

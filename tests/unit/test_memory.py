@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bridge.ops.memory import in_memory
+from bridge.translators import translate_function
 from mb_jax.optim import UpdatePlan, apply_update
 from mb_torch.stacked.update_rules import RULES
 
@@ -29,6 +30,14 @@ def test_what_is_to_be_in_memory_is_no_part_of_the_gather_that_reads_it() -> Non
     assert " call(" not in one.as_text()
     assert " call(" in other.as_text()
     assert one(x).tolist() == other(x).tolist()
+
+
+def test_an_activation_before_a_convolution_of_windows_is_computed_once() -> None:
+    layers = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.GELU(), torch.nn.Conv2d(2, 2, 3))
+    translation = translate_function(lambda given: [layers(given[0])], [torch.ones(2, 1, 8, 8)]).translation
+    run = jax.vmap(lambda images: translation.run([images], None, "matmul")[0])
+    text = jax.jit(run).lower(np.ones((3, 2, 1, 8, 8), np.float32)).compile().as_text()
+    assert " call(" in text
 
 
 @pytest.mark.parametrize(

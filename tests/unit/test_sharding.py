@@ -76,7 +76,7 @@ def test_two_processes(tmp_path: Path) -> None:
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(texts)[-4000:]
-    expected = {**train(build(4))._asdict(), "devices": 4}
+    expected = {**train(build(4))._asdict(), "devices": 4, "devices by default": 2}
     for file in files:
         assert_close(torch.load(file, weights_only=True), expected, atol=1e-6, rtol=1e-6)
 

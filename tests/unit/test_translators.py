@@ -278,8 +278,27 @@ def test_auto_falls_through_to_the_next(monkeypatch):
     monkeypatch.setattr(Torch2JaxTranslator, "translate", refuse)
     assert translated("auto", nn.Linear(2, 2), torch.ones(1, 2)).translation.translator == "torchax"
     monkeypatch.setattr(TorchaxTranslator, "translate", refuse)
-    with pytest.raises(Unsupported, match=r"graph: made to fail; torch2jax: made to fail; torchax: made to fail"):
+    with pytest.raises(
+        Unsupported, match="no translation to JAX: made to fail\n  torch2jax: .*\n  torchax: made to fail$"
+    ):
         translated("auto", nn.Linear(2, 2), torch.ones(1, 2))
+
+
+@NEEDS["torch2jax"]
+@NEEDS["torchax"]
+def test_reasons_of_all_translators_are_a_line_each():
+    class Looks(nn.Linear):
+        def forward(self, x):
+            return -super().forward(x) if x.sum().item() > 0 else x
+
+    with pytest.raises(Unsupported) as raised:
+        translated("auto", nn.Sequential(Looks(2, 2)), torch.ones(1, 2))
+    first, second, third, remedy = str(raised.value).split("\n")
+    assert first.startswith("no translation to JAX: 0 (Looks): a tensor's value is looked at")
+    assert second == "  torch2jax: does not know torch.Tensor.neg"
+    assert third.startswith("  torchax: cannot run it: ConcretizationTypeError")
+    assert remedy == raised.value.fix
+    assert remedy.endswith("use backend='torch'.")
 
 
 @pytest.mark.parametrize("translator", CLASSES)
