@@ -1,7 +1,7 @@
 """The ways to train many models that are compared, each behind the same methods.
 
-Every contestant starts from `workload.models()` and trains with the workload's optimizer and cross entropy. Those that are not plain
-PyTorch are imported where they are built: no worker process loads more than its own contestant needs.
+Every contestant starts from `workload.models()` and trains with the workload's optimizer and cross entropy. Those that
+are not plain PyTorch are imported where they are built: no worker process loads more than its own contestant needs.
 """
 
 from __future__ import annotations
@@ -100,9 +100,7 @@ class ByHand(Contestant):
 
     def gradients_and_losses(self, inputs: Tensor, targets: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Gradients by name and losses of all models; statistics among the buffers are updated in place."""
-        found: tuple[dict[str, Tensor], Tensor] = self._gradients_and_losses(
-            self.params, self.buffers, inputs, targets
-        )
+        found: tuple[dict[str, Tensor], Tensor] = self._gradients_and_losses(self.params, self.buffers, inputs, targets)
         return found
 
     def states(self) -> Sequence[Mapping[str, Tensor]]:
@@ -275,7 +273,7 @@ ON_TORCH: dict[str, Callable[[Any], Contestant]] = {
     "ours, compiled": lambda workload: TrainStep(workload, _ours(), compiled=True),
 }
 # These cannot train models with different learning rates.
-ONE_RATE = ["by hand, one optimizer", "by hand, one fused optimizer", "torchmb 0.2"]
+ONE_RATE = ["torchmb 0.2", "by hand, one optimizer", "by hand, one fused optimizer"]
 
 ON_JAX: dict[str, Callable[[Any], Contestant]] = {
     "jax by hand": lambda workload: _jax().ByHand(workload),

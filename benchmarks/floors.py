@@ -1,4 +1,4 @@
-"""How fast a step could be on this machine at best: arithmetic at the rate of a large product, memory at that of a copy."""
+"""How fast a step could be on this machine: arithmetic at the rate of a large product, memory at that of a copy."""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -103,7 +105,7 @@ class ResNet18(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         channels = [width, width, 2 * width, 4 * width, 8 * width]
         blocks = []
-        for stage, (before, after) in enumerate(zip(channels, channels[1:], strict=False)):
+        for stage, (before, after) in enumerate(pairwise(channels)):
             blocks += [Residual(before, after, 1 if stage == 0 else 2), Residual(after, after, 1)]
         self.blocks = nn.ModuleList(blocks)
         self.head = nn.Linear(channels[-1], classes)
