@@ -54,11 +54,13 @@ class RecurrentClassifier(nn.Module):
         return logits
 
     def _unroll(self, inputs: Tensor) -> Tensor:
-        lstm = self.lstm
-        from_inputs = nn.functional.linear(inputs, lstm.weight_ih_l0, lstm.bias_ih_l0 + lstm.bias_hh_l0)
-        state = cell = inputs.new_zeros(inputs.shape[0], lstm.hidden_size)
+        # Looked up by name: modules have parameters as attributes that type checkers know nothing of.
+        weights = dict(self.lstm.named_parameters())
+        bias = weights["bias_ih_l0"] + weights["bias_hh_l0"]
+        from_inputs = nn.functional.linear(inputs, weights["weight_ih_l0"], bias)
+        state = cell = inputs.new_zeros(inputs.shape[0], self.lstm.hidden_size)
         for position in from_inputs.unbind(1):
-            gates = position + state @ lstm.weight_hh_l0.T
+            gates = position + state @ weights["weight_hh_l0"].T
             entering, forgetting, candidate, leaving = gates.chunk(4, 1)
             cell = torch.sigmoid(forgetting) * cell + torch.sigmoid(entering) * torch.tanh(candidate)
             state = torch.sigmoid(leaving) * torch.tanh(cell)
