@@ -95,6 +95,8 @@ def _run(name: str, plan: Plan, options: argparse.Namespace, where: Mapping[str,
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report.as_json(where, results, bars), indent=1) + "\n")
         path.with_suffix(".md").write_text(page + "\n")
+        if plan.draw is not None:
+            plan.draw(results, path.with_suffix(".svg"))
         _say(f"written to {path}")
     missed = [bar.what for bar in bars if not bar.holds]
     if missed:

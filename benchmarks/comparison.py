@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from benchmarks import plots
 from benchmarks.bars import COMPILED, EAGER, FUSED, bars_of_comparison
 from benchmarks.contestants import ON_JAX, ON_TORCH, TOGETHER
 from benchmarks.measure import Race
@@ -53,10 +54,10 @@ def plan(choices: Choices) -> Plan:
         if choices.full:
             steps = STEPS.get(kind, TOGETHER)
             races[f"{kind}, own inputs"] = _race(kind, replace(own, shared_input=False), choices, steps=steps)
-            slow = {"lowest_rate": 1e-3, "highest_rate": 1e-3}
+            slow: dict[str, Any] = {"lowest_rate": 1e-3, "highest_rate": 1e-3}
             other = "SGD with momentum" if own.optimizer == "AdamW" else "AdamW"
             races[f"{kind}, {other}"] = _race(kind, replace(own, optimizer=other, **slow), choices, steps=steps)
-    return Plan("Training many models of each kind", races, bars_of_comparison)
+    return Plan("Training many models of each kind", races, bars_of_comparison, draw=plots.draw)
 
 
 def _numbers(kind: str, workload: Workload, choices: Choices) -> Sequence[int]:

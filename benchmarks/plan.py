@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from benchmarks.bars import Bar
 from benchmarks.measure import Race
@@ -42,6 +43,7 @@ class Plan:
         bars: What must hold, given what was measured.
         measured_memory: Whose memory is measured.
         large: What they train meanwhile.
+        draw: Writes a figure of the results to a file.
     """
 
     title: str
@@ -49,3 +51,4 @@ class Plan:
     bars: Callable[[Results], list[Bar]]
     measured_memory: tuple[str, ...] = ()
     large: Workload | None = None
+    draw: Callable[[Results, Path], None] | None = None

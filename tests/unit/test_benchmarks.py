@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import bars, command, comparison, peers, report
+from benchmarks import bars, command, comparison, peers, plots, report
 from benchmarks.contestants import CONTESTANTS, CONVOLUTIONS, ON_JAX, ON_TORCH, ONE_RATE, TOGETHER, Contestant, Loop
 from benchmarks.floors import Rates, floor_of
 from benchmarks.measure import (
@@ -297,28 +297,38 @@ def test_the_floor_counts_operations_and_bytes() -> None:
     assert floor_of(comparison.KINDS["LSTM"], rates).flops > 1e9
 
 
+def equal_results() -> Results:
+    """Every contestant of the comparison takes a second."""
+    races = comparison.plan(Choices()).races
+    timings = {
+        key: Timings(one.workload, 5, {}, {name: [1.0, 1.0] for name in one.contestants}, 0.0)
+        for key, one in races.items()
+    }
+    rates = Rates(flops=1e12, bytes=1e12)
+    return Results(timings, {}, rates, {key: floor_of(one.workload, rates) for key, one in races.items()}, {})
+
+
+def test_the_figure_of_the_comparison(tmp_path: Path) -> None:
+    plots.draw(equal_results(), tmp_path / "figure.svg")
+    text = (tmp_path / "figure.svg").read_text()
+    assert text.count('id="axes_') == 2
+
+
 def test_bars_of_the_comparison() -> None:
-    plan = comparison.plan(Choices())
-    everyone = {name: [1.0, 1.0] for name in CONTESTANTS}
-    timings = {}
-    for key, one in plan.races.items():
-        seconds = {name: list(everyone[name]) for name in one.contestants}
-        timings[key] = Timings(one.workload, 5, {}, seconds, 0.0)
+    results = equal_results()
+    timings = results.timings
     timings["MLP, 64"].seconds[bars.JAX_RUN] = [0.5, 0.5]
     timings["MLP, 1024"].seconds[bars.FUSED] = [12.8, 12.8]
     for name in {*timings["MLP, 1024"].seconds} - {bars.FUSED}:
         timings["MLP, 1024"].seconds[name] = [16.0, 16.0]
-    rates = Rates(flops=1e12, bytes=1e12)
-    floors = {key: floor_of(one.workload, rates) for key, one in plan.races.items()}
-    results = Results(timings, {}, rates, floors, {})
-    found = {bar.what: bar for bar in plan.bars(results)}
-    assert len(found) == len(plan.bars(results))
+    found = {bar.what: bar for bar in bars.bars_of_comparison(results)}
+    assert len(found) == len(bars.bars_of_comparison(results))
     assert found["MLP, 64: modelbatch 0.1.0 / ours on jax, step.run"].measured.median == 2.0
     assert not found["MLP, 64: modelbatch 0.1.0 / ours on jax, step.run"].holds
     assert found["MLP, 64: ours on jax, step.run / loop, the best of the others"].measured.median == 0.5
     growth = found["ours, make_train_step: time per model with 1024 models / with 64"]
     assert (growth.measured.median, growth.holds) == (0.8, True)
-    least = floors["MLP, 64"].flops / 1e12
+    least = results.floors["MLP, 64"].flops / 1e12
     assert found["MLP, 64: ours on jax, step.run / floor of operations"].measured.median == pytest.approx(0.5 / least)
 
 
