@@ -21,5 +21,5 @@ def plan(choices: Choices) -> Plan:
     return Plan(
         "One training step of many CNNs",
         {"many": Race(everyone, many, steps=6, warm_up=2)},
-        lambda timings, _: bars_of_cnns(timings["many"]),
+        lambda results: bars_of_cnns(results.timings["many"]),
     )

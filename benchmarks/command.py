@@ -10,13 +10,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cnn_step, mlp_step, peers, report, xla_step
-from benchmarks.bars import PEER, Bar
-from benchmarks.measure import CHECKED_STEPS, Disagreement, Memory, Timings, agree_in_float64, peak_memory, race
+from benchmarks import cnn_step, comparison, mlp_step, peers, report, xla_step
+from benchmarks.bars import PEERS, Bar
+from benchmarks.floors import floor_of, measure_rates
+from benchmarks.measure import CHECKED_STEPS, Disagreement, Memory, agree_in_float64, peak_memory, race
 from benchmarks.plan import Choices, Plan
+from benchmarks.results import Results
 
 RESULTS = Path(__file__).parent / "results"
-BENCHMARKS = {"mlp": mlp_step.plan, "xla": xla_step.plan, "cnn": cnn_step.plan}
+BENCHMARKS = {"mlp": mlp_step.plan, "xla": xla_step.plan, "cnn": cnn_step.plan, "comparison": comparison.plan}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     choices = Choices(
         quick=options.quick,
         device="cpu" if gpu is None else "cuda",
-        left_out=(PEER,) if options.without_peers else (),
+        full=options.full,
+        left_out=tuple(PEERS) if options.without_peers else (),
     )
     where = report.machine(options.threads, gpu)
     failed = False
@@ -50,6 +53,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--output", type=Path, help="folder for the results (default, unless --quick: results/ beside this file)"
     )
     parser.add_argument("--quick", action="store_true", help="small models and few rounds, no bounds: a smoke run")
+    parser.add_argument("--full", action="store_true", help="comparison: more numbers of models, own inputs (hours)")
     parser.add_argument("--without-peers", action="store_true", help="leave out libraries that pip would download")
     options = parser.parse_args(arguments)
     if options.quick:
@@ -63,8 +67,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _run(name: str, plan: Plan, options: argparse.Namespace, where: Mapping[str, Any]) -> bool:
     """Whether all bounds hold."""
-    if any(PEER in one.contestants for one in plan.races.values()):
-        peers.install("modelbatch")
+    for contestant, package in PEERS.items():
+        if any(contestant in one.contestants for one in plan.races.values()):
+            peers.install(package)
+    rates = measure_rates(options.threads)
+    _say(f"{rates.flops / 1e9:.0f} Gflop/s in a large product, {rates.bytes / 1e9:.0f} GB/s in a copy")
     timings, differences = {}, {}
     for key, one in plan.races.items():
         _say(str(one.workload))
@@ -77,16 +84,19 @@ def _run(name: str, plan: Plan, options: argparse.Namespace, where: Mapping[str,
         _say(f"peak memory, {plan.large}")
         memory = {who: peak_memory(who, plan.large, options.threads) for who in plan.measured_memory}
 
+    floors = {key: floor_of(one.workload, rates) for key, one in plan.races.items()}
+    results = Results(timings, differences, rates, floors, memory)
     # The bounds are those of processors.
-    bars = [] if options.quick or "gpu" in where else plan.bars(timings, memory)
-    page = _page(plan.title, where, differences, timings, memory, bars, quick=options.quick)
+    bars = [] if options.quick or "gpu" in where else plan.bars(results)
+    page = _page(plan.title, where, results, bars, quick=options.quick)
     print(page)
     if options.output is not None:
         path = options.output / f"{file_name(name, where.get('gpu'))}.json"
-        results = report.as_json(where, differences, timings, memory, bars)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        path.write_text(json.dumps(report.as_json(where, results, bars), indent=1) + "\n")
         path.with_suffix(".md").write_text(page + "\n")
+        if plan.draw is not None:
+            plan.draw(results, path.with_suffix(".svg"))
         _say(f"written to {path}")
     missed = [bar.what for bar in bars if not bar.holds]
     if missed:
@@ -100,28 +110,19 @@ def file_name(benchmark: str, gpu: str | None) -> str:
     return f"{benchmark}_step{where}"
 
 
-def _page(
-    title: str,
-    where: Mapping[str, Any],
-    differences: Mapping[str, float],
-    timings: Mapping[str, Timings],
-    memory: Mapping[str, Memory],
-    bars: Sequence[Bar],
-    *,
-    quick: bool,
-) -> str:
-    rounds = len(next(iter(timings["many"].seconds.values())))
+def _page(title: str, where: Mapping[str, Any], results: Results, bars: Sequence[Bar], *, quick: bool) -> str:
+    timings, memory = results.timings, results.memory
+    rounds = len(next(iter(next(iter(timings.values())).seconds.values())))
     parts = [
         f"# {title}",
         ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in where.items()),
         f"Medians of {rounds} paired rounds, with quartiles; each contestant in a process of its own, one at a time.",
     ]
     for key, one in timings.items():
-        references = [name for name in ("loop", PEER) if name in one.seconds]
-        parts += [f"## {one.workload}", report.timings_table(one, references)]
+        parts += [f"## {one.workload}", report.timings_table(key, results)]
         parts.append(
-            f"Contestants differ by {differences[key]:.0e} in weights after {CHECKED_STEPS} steps in float64, "
-            f"and by {one.loss_difference:.0e} in the losses of all timed steps."
+            f"Contestants differ by {results.differences[key]:.0e} in weights after {CHECKED_STEPS} steps in float64, "
+            f"and by {one.loss_difference:.0e} in the losses of all timed steps. {report.floor_line(key, results)}"
         )
     if memory:
         large = next(iter(memory.values())).workload

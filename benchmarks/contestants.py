@@ -1,14 +1,13 @@
 """The ways to train many models that are compared, each behind the same methods.
 
-Every contestant starts from `workload.models()` and trains with Adam and cross entropy. Those that are not plain
-PyTorch are imported where they are built: no worker process loads more than its own contestant needs.
+Every contestant starts from `workload.models()` and trains with the workload's optimizer and cross entropy. Those that
+are not plain PyTorch are imported where they are built: no worker process loads more than its own contestant needs.
 """
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -22,8 +21,6 @@ from benchmarks import peers
 from benchmarks.workloads import Batch, Workload
 
 cross_entropy = nn.functional.cross_entropy
-BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # the defaults of torch.optim.Adam
-
 
 # Steps in one call, of contestants that can make several.
 TOGETHER = 20
@@ -51,71 +48,85 @@ class Contestant(ABC):
         return np.stack([losses.detach().cpu().numpy() for losses in steps])
 
     @abstractmethod
+    def states(self) -> Sequence[Mapping[str, Tensor]]:
+        """Each model's parameters and statistics by name; what else there is does not matter."""
+
     def weights(self) -> list[dict[str, Tensor]]:
-        """Each model's parameters by name."""
+        """All of each model's state that is not a count."""
+        return [{name: v for name, v in own.items() if v.is_floating_point()} for own in self.states()]
 
 
 class Loop(Contestant):
-    """One model after another, each with its own `torch.optim.Adam`."""
+    """One model after another, each with an optimizer of its own."""
 
     def __init__(self, workload: Workload) -> None:
         self.models = workload.models()
+        self.shared_input = workload.shared_input
+        recipe = workload.recipe
         self.optimizers = [
-            torch.optim.Adam(model.parameters(), lr=rate)
+            recipe.optimizer(model.parameters(), lr=rate, **recipe.options)
             for model, rate in zip(self.models, workload.learning_rates, strict=True)
         ]
 
     def step(self, inputs: Tensor, targets: Tensor) -> Sequence[Tensor]:
         losses = []
-        for model, optimizer in zip(self.models, self.optimizers, strict=True):
+        for index, (model, optimizer) in enumerate(zip(self.models, self.optimizers, strict=True)):
+            own_inputs, own_targets = (inputs, targets) if self.shared_input else (inputs[index], targets[index])
             optimizer.zero_grad()
-            loss = cross_entropy(model(inputs), targets)
+            loss = cross_entropy(model(own_inputs), own_targets)
             loss.backward()
             optimizer.step()
             losses.append(loss)
         return losses
 
-    def weights(self) -> list[dict[str, Tensor]]:
-        return [dict(model.named_parameters()) for model in self.models]
+    def states(self) -> Sequence[Mapping[str, Tensor]]:
+        return [model.state_dict() for model in self.models]
 
 
 class ByHand(Contestant):
     """`vmap(grad_and_value(loss))` over stacked parameters, as `torch.func`'s documentation shows it."""
 
     def __init__(self, workload: Workload) -> None:
-        models = workload.models()
         self.num_models = workload.num_models
-        self.params = {name: p.detach() for name, p in stack_module_state(models)[0].items()}
-        skeleton = copy.deepcopy(models[0]).to("meta")
+        params, self.buffers = stack_module_state(workload.models())
+        self.params = {name: p.detach() for name, p in params.items()}
+        skeleton = workload.written_out()
 
-        def loss(params: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
-            return cross_entropy(functional_call(skeleton, params, (inputs,)), targets)
+        def loss(params: dict[str, Tensor], buffers: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+            return cross_entropy(functional_call(skeleton, (params, buffers), (inputs,)), targets)
 
-        self.gradients_and_losses: Callable[[dict[str, Tensor], Tensor, Tensor], tuple[dict[str, Tensor], Tensor]]
-        self.gradients_and_losses = vmap(grad_and_value(loss), in_dims=(0, None, None))
+        data = None if workload.shared_input else 0
+        self._gradients_and_losses = vmap(grad_and_value(loss), in_dims=(0, 0, data, data))
 
-    def weights(self) -> list[dict[str, Tensor]]:
-        return [{name: p[model] for name, p in self.params.items()} for model in range(self.num_models)]
+    def gradients_and_losses(self, inputs: Tensor, targets: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradients by name and losses of all models; statistics among the buffers are updated in place."""
+        found: tuple[dict[str, Tensor], Tensor] = self._gradients_and_losses(self.params, self.buffers, inputs, targets)
+        return found
+
+    def states(self) -> Sequence[Mapping[str, Tensor]]:
+        stacks = {**self.params, **self.buffers}
+        return [{name: stack[model] for name, stack in stacks.items()} for model in range(self.num_models)]
 
 
 class ByHandOneRate(ByHand):
-    """By hand, with `torch.optim.Adam` over the stacks; all models share the learning rate.
+    """By hand, with PyTorch's optimizer over the stacks; all models share the learning rate.
 
     Args:
         workload: What to train.
-        fused: Whether Adam's update is one kernel.
+        fused: Whether the optimizer's update is one kernel.
     """
 
     def __init__(self, workload: Workload, *, fused: bool = False) -> None:
         super().__init__(workload)
         rates = set(workload.learning_rates)
         if len(rates) > 1:
-            raise ValueError(f"torch.optim.Adam over stacks has one learning rate, not {len(rates)}")
-        self.optimizer = torch.optim.Adam(self.params.values(), lr=rates.pop(), fused=fused)
+            raise ValueError(f"an optimizer over stacks has one learning rate, not {len(rates)}")
+        recipe = workload.recipe
+        self.optimizer = recipe.optimizer(self.params.values(), lr=rates.pop(), fused=fused, **recipe.options)
 
     def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         self.optimizer.zero_grad()
-        gradients, losses = self.gradients_and_losses(self.params, inputs, targets)
+        gradients, losses = self.gradients_and_losses(inputs, targets)
         for name, param in self.params.items():
             param.grad = gradients[name]
         self.optimizer.step()
@@ -123,28 +134,16 @@ class ByHandOneRate(ByHand):
 
 
 class ByHandRatePerModel(ByHand):
-    """By hand, with Adam written out for a learning rate per model."""
+    """By hand, with the update written out for a learning rate per model."""
 
     def __init__(self, workload: Workload) -> None:
         super().__init__(workload)
         rates = torch.tensor(workload.learning_rates, dtype=workload.torch_dtype, device=workload.device)
-        self.rates = {name: rates.view(-1, *[1] * (p.dim() - 1)) for name, p in self.params.items()}
-        self.first = {name: torch.zeros_like(p) for name, p in self.params.items()}
-        self.second = {name: torch.zeros_like(p) for name, p in self.params.items()}
-        self.steps = 0
+        self.update = workload.recipe.update(self.params, rates, workload.recipe.options)
 
     def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        gradients, losses = self.gradients_and_losses(self.params, inputs, targets)
-        self.steps += 1
-        correction1 = 1 - BETA1**self.steps
-        correction2 = (1 - BETA2**self.steps) ** 0.5
-        for name, param in self.params.items():
-            gradient, first, second = gradients[name], self.first[name], self.second[name]
-            first.lerp_(gradient, 1 - BETA1)
-            second.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
-            scale = second.sqrt().div_(correction2).add_(EPS)
-            direction = torch.div(first, scale, out=scale)
-            param.addcmul_(direction, self.rates[name], value=-1 / correction1)
+        gradients, losses = self.gradients_and_losses(inputs, targets)
+        self.update.apply(gradients, *self.update.next_numbers())
         return losses
 
 
@@ -155,23 +154,16 @@ class ByHandCompiled(ByHandRatePerModel):
         super().__init__(workload)
         self.compiled_step = torch.compile(self._step)
 
-    def _step(self, inputs: Tensor, targets: Tensor, correction1: Tensor, correction2: Tensor) -> Tensor:
-        gradients, losses = self.gradients_and_losses(self.params, inputs, targets)
-        for name, param in self.params.items():
-            gradient, first, second = gradients[name], self.first[name], self.second[name]
-            first.lerp_(gradient, 1 - BETA1)
-            second.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
-            size = self.rates[name] / correction1
-            param.sub_(size * first / (second.sqrt() / correction2 + EPS))
+    def _step(self, inputs: Tensor, targets: Tensor, *numbers: Tensor) -> Tensor:
+        gradients, losses = self.gradients_and_losses(inputs, targets)
+        self.update.apply_traced(gradients, *numbers)
         return losses
 
     def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        self.steps += 1
         # Tensors, because changing Python numbers would compile the function anew at every step; made here, because
         # the compiler would work out the powers anew for every few elements.
-        correction1 = torch.tensor(1 - BETA1**self.steps, dtype=inputs.dtype)
-        correction2 = torch.tensor((1 - BETA2**self.steps) ** 0.5, dtype=inputs.dtype)
-        losses: Tensor = self.compiled_step(inputs, targets, correction1, correction2)
+        numbers = [torch.tensor(number, dtype=inputs.dtype) for number in self.update.next_numbers()]
+        losses: Tensor = self.compiled_step(inputs, targets, *numbers)
         return losses
 
 
@@ -185,9 +177,11 @@ class DocumentedStep(Contestant):
     """
 
     def __init__(self, workload: Workload, library: ModuleType, **options: Any) -> None:
-        self.batch = library.ModelBatch(workload.models(), **options)
-        configs = [{"lr": rate} for rate in workload.learning_rates]
-        self.optimizer = library.OptimizerFactory(torch.optim.Adam).create_optimizer(self.batch, configs)
+        recipe = workload.recipe
+        self.batch = library.ModelBatch(workload.models(), shared_input=workload.shared_input, **options)
+        # `modelbatch` 0.1.0 gives what is common to `torch.optim`'s constructor as well, which for SGD needs a rate.
+        configs = [{"lr": rate, **recipe.options} for rate in workload.learning_rates]
+        self.optimizer = library.OptimizerFactory(recipe.optimizer).create_optimizer(self.batch, configs)
 
     def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         self.batch.zero_grad()
@@ -198,7 +192,7 @@ class DocumentedStep(Contestant):
         losses: Tensor = self.batch.latest_losses
         return losses
 
-    def weights(self) -> list[dict[str, Tensor]]:
+    def states(self) -> Sequence[Mapping[str, Tensor]]:
         states: list[dict[str, Tensor]] = self.batch.get_model_states()
         return states
 
@@ -224,6 +218,36 @@ class TrainStep(DocumentedStep):
         return losses
 
 
+class TorchMB(Contestant):
+    """`torchmb` 0.2 as its README shows it: a batched module, `batch_loss`, and an optimizer over the stacks."""
+
+    def __init__(self, workload: Workload) -> None:
+        rates = set(workload.learning_rates)
+        if len(rates) > 1:
+            raise ValueError(f"an optimizer over stacks has one learning rate, not {len(rates)}")
+        torchmb = peers.load("torchmb")
+        models, recipe = workload.models(), workload.recipe
+        self.num_models, self.shared_input = workload.num_models, workload.shared_input
+        self.batch = torchmb.BatchModule(workload.models()[0], batch=self.num_models)
+        self.batch.load_state_dicts([model.state_dict() for model in models])
+        self.batch.to(workload.torch_dtype)
+        self.batch_loss = torchmb.batch_loss
+        self.optimizer = recipe.optimizer(self.batch.parameters(), lr=rates.pop(), **recipe.options)
+
+    def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        if self.shared_input:
+            inputs, targets = (data.expand(self.num_models, *data.shape) for data in (inputs, targets))
+        self.optimizer.zero_grad()
+        losses: Tensor = self.batch_loss(self.batch(inputs), targets, self.num_models, cross_entropy, "mean")
+        losses.sum().backward()
+        self.optimizer.step()
+        return losses
+
+    def states(self) -> Sequence[Mapping[str, Tensor]]:
+        states: list[dict[str, Tensor]] = self.batch.state_dicts()
+        return states
+
+
 def _ours() -> ModuleType:
     import mb_torch
 
@@ -239,8 +263,9 @@ def _jax() -> ModuleType:
 ON_TORCH: dict[str, Callable[[Any], Contestant]] = {
     "loop": Loop,
     "modelbatch 0.1.0": lambda workload: DocumentedStep(workload, peers.load("modelbatch")),
-    "by hand, one Adam": ByHandOneRate,
-    "by hand, one fused Adam": lambda workload: ByHandOneRate(workload, fused=True),
+    "torchmb 0.2": TorchMB,
+    "by hand, one optimizer": ByHandOneRate,
+    "by hand, one fused optimizer": lambda workload: ByHandOneRate(workload, fused=True),
     "by hand, rate per model": ByHandRatePerModel,
     "by hand, compiled": ByHandCompiled,
     "ours, documented step": lambda workload: DocumentedStep(workload, _ours()),
@@ -248,7 +273,7 @@ ON_TORCH: dict[str, Callable[[Any], Contestant]] = {
     "ours, compiled": lambda workload: TrainStep(workload, _ours(), compiled=True),
 }
 # These cannot train models with different learning rates.
-ONE_RATE = ["by hand, one Adam", "by hand, one fused Adam"]
+ONE_RATE = ["torchmb 0.2", "by hand, one optimizer", "by hand, one fused optimizer"]
 
 ON_JAX: dict[str, Callable[[Any], Contestant]] = {
     "jax by hand": lambda workload: _jax().ByHand(workload),

@@ -6,7 +6,7 @@ timed step, without a copy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import optax
 import torch
-from flax import linen
 from torch import Tensor
 
+from benchmarks import flax_networks
 from benchmarks.contestants import Contestant, DocumentedStep, TrainStep
-from benchmarks.workloads import Batch, MLPs
+from benchmarks.workloads import Batch, Workload
 
 Tree = Any
 
@@ -34,101 +34,68 @@ class OnJax(Contestant):
         jax.block_until_ready(jax.live_arrays())
 
 
-class Classifier(linen.Module):
-    """The model of `MLPs` in flax.
-
-    Attributes:
-        hidden: Width of the hidden layer.
-        classes: Width of the output.
-    """
-
-    hidden: int
-    classes: int
-
-    @linen.compact
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        hidden = linen.relu(linen.Dense(self.hidden)(inputs))
-        return linen.Dense(self.classes)(hidden)
-
-
-# Where flax has the two layers, and their names in PyTorch.
-LAYERS = {"Dense_0": "0", "Dense_1": "2"}
-
-
 class ByHand(OnJax):
-    """One jitted function of stacked parameters, with gradients and optax's Adam under `jax.vmap`.
+    """One jitted function of stacked parameters, with gradients and optax's update under `jax.vmap`.
 
-    Parameters and Adam's state are donated; every model has its own learning rate.
+    Parameters, statistics and the optimizer's state are donated; every model has its own learning rate.
     """
 
-    def __init__(self, workload: MLPs) -> None:
-        self.num_models = workload.num_models
+    def __init__(self, workload: Workload) -> None:
         # A program of its own would say once which precision it wants; here several may share a process.
         self.precise = workload.dtype == "float64"
-        model, adam = Classifier(workload.hidden, workload.classes), optax.scale_by_adam()
-        states = [own.state_dict() for own in workload.models()]
+        model, transformation = flax_networks.network(workload), workload.recipe.on_optax()
+        states = [{name: value.cpu().numpy() for name, value in own.state_dict().items()} for own in workload.models()]
+        example = np.zeros((workload.batch, *workload.input_shape), workload.dtype)
 
-        def loss_of(params: Tree, inputs: jax.Array, targets: jax.Array) -> jax.Array:
-            logits = model.apply({"params": params}, inputs)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+        def loss_of(params: Tree, others: Tree, inputs: jax.Array, targets: jax.Array) -> tuple[jax.Array, Tree]:
+            logits, others = model.apply({"params": params, **others}, inputs, mutable=list(others))
+            return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean(), others
 
-        def train_one(params: Tree, state: Tree, rate: jax.Array, inputs: jax.Array, targets: jax.Array) -> Tree:
-            loss, gradients = jax.value_and_grad(loss_of)(params, inputs, targets)
-            directions, state = adam.update(gradients, state)
+        def train_one(carried: Tree, rate: jax.Array, inputs: jax.Array, targets: jax.Array) -> Tree:
+            params, others, state = carried
+            losses = jax.value_and_grad(loss_of, has_aux=True)
+            (loss, others), gradients = losses(params, others, inputs, targets)
+            directions, state = transformation.update(gradients, state, params)
             updates = jax.tree.map(lambda direction: -rate * direction, directions)
-            return optax.apply_updates(params, updates), state, loss
+            return (optax.apply_updates(params, updates), others, state), loss
 
-        self.train_all = jax.vmap(train_one, in_axes=(0, 0, 0, None, None))
-        self.compiled = jax.jit(self.train_all, donate_argnums=(0, 1))
+        data = None if workload.shared_input else 0
+        self.train_all = jax.vmap(train_one, in_axes=(0, 0, data, data))
+        self.compiled = jax.jit(self.train_all, donate_argnums=0)
         with jax.enable_x64(self.precise):
-            self.rates = jnp.array(workload.learning_rates)
-            self.params = {
-                layer: {
-                    "kernel": jnp.stack([state[f"{name}.weight"].T.cpu().numpy() for state in states]),
-                    "bias": jnp.stack([state[f"{name}.bias"].cpu().numpy() for state in states]),
-                }
-                for layer, name in LAYERS.items()
-            }
-            self.state = jax.vmap(adam.init)(self.params)
+            self.rates = jnp.array(workload.learning_rates, workload.dtype)
+            params, others = flax_networks.split(flax_networks.variables_of(model, example, states))
+            self.carried = (params, others, jax.vmap(transformation.init)(params))
 
     def step(self, inputs: Tensor, targets: Tensor) -> jax.Array:
         with jax.enable_x64(self.precise):
-            self.params, self.state, losses = self.compiled(
-                self.params, self.state, self.rates, as_array(inputs), as_array(targets)
-            )
+            self.carried, losses = self.compiled(self.carried, self.rates, as_array(inputs), as_array(targets))
         return losses
 
     def losses(self, returned: Any) -> npt.NDArray[Any]:
         return np.stack([np.asarray(losses) for losses in returned])
 
-    def weights(self) -> list[dict[str, Tensor]]:
-        params = jax.device_get(self.params)
-        by_name = {f"{name}.weight": params[layer]["kernel"].swapaxes(1, 2) for layer, name in LAYERS.items()}
-        by_name |= {f"{name}.bias": params[layer]["bias"] for layer, name in LAYERS.items()}
-        return [{name: torch.tensor(own[model]) for name, own in by_name.items()} for model in range(self.num_models)]
+    def states(self) -> Sequence[Mapping[str, Tensor]]:
+        params, others, _ = jax.device_get(self.carried)
+        states = flax_networks.states_of({"params": params, **others})
+        return [{name: torch.tensor(value) for name, value in state.items()} for state in states]
 
 
 class ByHandScan(ByHand):
     """By hand, with all steps of a call in one `jax.lax.scan`."""
 
-    def __init__(self, workload: MLPs) -> None:
+    def __init__(self, workload: Workload) -> None:
         super().__init__(workload)
 
-        def train(params: Tree, state: Tree, rates: jax.Array, batches: tuple[jax.Array, jax.Array]) -> Tree:
-            def body(carry: Tree, batch: tuple[jax.Array, jax.Array]) -> tuple[Tree, jax.Array]:
-                (params, state), (inputs, targets) = carry, batch
-                params, state, losses = self.train_all(params, state, rates, inputs, targets)
-                return (params, state), losses
+        def train(carried: Tree, rates: jax.Array, batches: tuple[jax.Array, jax.Array]) -> Tree:
+            return jax.lax.scan(lambda carried, batch: self.train_all(carried, rates, *batch), carried, batches)
 
-            (params, state), losses = jax.lax.scan(body, (params, state), batches)
-            return params, state, losses
-
-        self.scanned = jax.jit(train, donate_argnums=(0, 1))
+        self.scanned = jax.jit(train, donate_argnums=0)
 
     def run(self, batches: Sequence[Batch]) -> jax.Array:
-        inputs, targets = (as_array(torch.stack(column)) for column in zip(*batches, strict=True))
+        stacks = tuple(as_array(torch.stack(column)) for column in zip(*batches, strict=True))
         with jax.enable_x64(self.precise):
-            self.params, self.state, losses = self.scanned(self.params, self.state, self.rates, (inputs, targets))
+            self.carried, losses = self.scanned(self.carried, self.rates, stacks)
         return losses
 
     def losses(self, returned: Any) -> npt.NDArray[Any]:

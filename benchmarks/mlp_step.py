@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 
 from benchmarks.bars import EAGER, FUSED, Bar, bars_of_many, bars_of_memory, bars_of_one
 from benchmarks.contestants import ON_TORCH, ONE_RATE
-from benchmarks.measure import Memory, Race, Timings
+from benchmarks.measure import Race
 from benchmarks.plan import Choices, Plan
+from benchmarks.results import Results
 from benchmarks.workloads import MLPs
 
 
@@ -38,5 +38,6 @@ def plan(choices: Choices) -> Plan:
     )
 
 
-def _bars(timings: Mapping[str, Timings], memory: Mapping[str, Memory]) -> list[Bar]:
-    return [*bars_of_many(timings["many"]), *bars_of_one(timings["one"]), *bars_of_memory(memory)]
+def _bars(results: Results) -> list[Bar]:
+    timings = results.timings
+    return [*bars_of_many(timings["many"]), *bars_of_one(timings["one"]), *bars_of_memory(results.memory)]

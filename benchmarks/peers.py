@@ -13,7 +13,9 @@ from pathlib import Path
 from types import ModuleType
 
 FOLDER = Path(__file__).parent / ".peers"
-VERSIONS = {"modelbatch": "0.1.0"}
+VERSIONS = {"modelbatch": "0.1.0", "torchmb": "0.2"}
+# Installed beside a peer; all peers need PyTorch and NumPy as well, which are there.
+NEEDED = {"torchmb": ["einops==0.8.1"]}
 
 
 def folder_of(name: str) -> Path:
@@ -31,14 +33,14 @@ def install(name: str) -> None:
         return
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / ".gitignore").write_text("*\n")
-    requirement = f"{name}=={VERSIONS[name]}"
+    requirements = [f"{name}=={VERSIONS[name]}", *NEEDED.get(name, [])]
     # Moved into place when complete, so that an interrupted installation is never taken for a finished one.
     with tempfile.TemporaryDirectory(dir=FOLDER) as partial:
         target = Path(partial) / "installed"
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target)]
-        finished = subprocess.run([*command, requirement], capture_output=True, text=True, timeout=300, check=False)
+        finished = subprocess.run([*command, *requirements], capture_output=True, text=True, timeout=300, check=False)
         if finished.returncode:
-            raise RuntimeError(f"pip could not install {requirement}: {finished.stderr.strip()}")
+            raise RuntimeError(f"pip could not install {requirements}: {finished.stderr.strip()}")
         target.rename(folder_of(name))
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from benchmarks.bars import Bar
-from benchmarks.measure import Memory, Race, Timings
+from benchmarks.measure import Race
+from benchmarks.results import Results
 from benchmarks.workloads import Workload
-
-BarsOf = Callable[[Mapping[str, Timings], Mapping[str, Memory]], list[Bar]]
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,13 @@ class Choices:
 
     Attributes:
         quick: Whether this is a smoke run: small models, few steps, no bounds.
+        full: Whether races without bounds are run as well, where a benchmark has such.
         device: Where to train.
         left_out: Contestants that do not take part.
     """
 
     quick: bool = False
+    full: bool = False
     device: str = "cpu"
     left_out: tuple[str, ...] = ()
 
@@ -38,13 +40,15 @@ class Plan:
     Attributes:
         title: Of its page.
         races: By name.
-        bars: What must hold, given the timings of the races and the memory.
+        bars: What must hold, given what was measured.
         measured_memory: Whose memory is measured.
         large: What they train meanwhile.
+        draw: Writes a figure of the results to a file.
     """
 
     title: str
     races: Mapping[str, Race]
-    bars: BarsOf
+    bars: Callable[[Results], list[Bar]]
     measured_memory: tuple[str, ...] = ()
     large: Workload | None = None
+    draw: Callable[[Results, Path], None] | None = None

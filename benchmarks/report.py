@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.bars import Bar
-from benchmarks.measure import Memory, Spread, Timings
+from benchmarks.bars import PEER, Bar
+from benchmarks.measure import Memory, Spread
+from benchmarks.results import Results
 
 # In a process of its own: JAX would hold on to the GPU's memory.
 _GPU_OF_JAX = "import jax; print(jax.devices()[0].device_kind if jax.default_backend() == 'gpu' else '')"
@@ -70,11 +71,14 @@ def _with_quartiles(spread: Spread, unit: float = 1.0) -> str:
     return f"{spread.median / unit:.2f} ({spread.lower / unit:.2f}-{spread.upper / unit:.2f})"
 
 
-def timings_table(timings: Timings, references: Sequence[str]) -> str:
-    """Times of a step, and how many times as fast as each reference a contestant is; medians with quartiles."""
+def timings_table(race: str, results: Results) -> str:
+    """Times of a step, how many times as fast as loop and peer a contestant is, and its distance from the floor."""
+    timings = results.timings[race]
+    references = [name for name in ("loop", PEER) if name in timings.seconds]
     header = [
         "contestant",
         "ms a step",
+        "x floor",
         *(f"x as fast as {name}" for name in references),
         f"first {timings.num_first_steps} steps, s",
     ]
@@ -82,12 +86,23 @@ def timings_table(timings: Timings, references: Sequence[str]) -> str:
         [
             name,
             _with_quartiles(timings.spread(name), 1e-3),
+            f"{results.over_floor(race, name).median:.1f}",
             *(_with_quartiles(timings.ratio(reference, name)) for reference in references),
             f"{timings.first_steps[name]:.2f}",
         ]
         for name in timings.seconds
     ]
     return table(header, rows)
+
+
+def floor_line(race: str, results: Results) -> str:
+    """What the floor of a race is made of."""
+    floor, rates = results.floors[race], results.rates
+    return (
+        f"Floor: {floor.seconds * 1e3:.3f} ms, the larger of {floor.flops / 1e6:.0f} Mflop at {rates.flops / 1e9:.0f} "
+        f"Gflop/s ({floor.flops / rates.flops * 1e3:.3f} ms) and {floor.bytes / 1e6:.1f} MB at {rates.bytes / 1e9:.1f} "
+        f"GB/s ({floor.bytes / rates.bytes * 1e3:.3f} ms)."
+    )
 
 
 def memory_table(memory: Mapping[str, Memory]) -> str:
@@ -119,19 +134,19 @@ def bars_table(bars: Sequence[Bar]) -> str:
     return table(header, rows)
 
 
-def as_json(
-    where: Mapping[str, Any],
-    differences: Mapping[str, float],
-    timings: Mapping[str, Timings],
-    memory: Mapping[str, Memory],
-    bars: Sequence[Bar],
-) -> dict[str, Any]:
+def as_json(where: Mapping[str, Any], results: Results, bars: Sequence[Bar]) -> dict[str, Any]:
     """Everything that was measured, round by round."""
     return {
         "machine": dict(where),
+        "rates": asdict(results.rates),
         "timings": {
-            key: {**asdict(one), "float64_weight_difference": differences[key]} for key, one in timings.items()
+            key: {
+                **asdict(one),
+                "float64_weight_difference": results.differences[key],
+                "floor": asdict(results.floors[key]),
+            }
+            for key, one in results.timings.items()
         },
-        "memory": {name: asdict(one) for name, one in memory.items()},
+        "memory": {name: asdict(one) for name, one in results.memory.items()},
         "bars": [{**asdict(bar), "holds": bar.holds} for bar in bars],
     }

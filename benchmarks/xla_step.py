@@ -20,5 +20,5 @@ def plan(choices: Choices) -> Plan:
     return Plan(
         "One training step of many MLPs on JAX",
         {"many": Race(everyone, many, steps=2 * TOGETHER, warm_up=TOGETHER, first_steps=TOGETHER)},
-        lambda timings, _: bars_of_jax(timings["many"]),
+        lambda results: bars_of_jax(results.timings["many"]),
     )

@@ -167,7 +167,9 @@ class JaxBackend:
     def built_in(self) -> Hashable:
         """What programs have built in of the models: settings, what their methods read, dtypes, who is trained."""
         tensors = [*self.spec.state.parameters.values(), *self.spec.state.buffers.values()]
-        kinds = tuple([(tensor.dtype, tensor.requires_grad) for tensor in tensors])
+        # Neither needs values, for which mirrors would look at each access.
+        with torch._C.DisableTorchFunctionSubclass():
+            kinds = tuple([(tensor.dtype, tensor.requires_grad) for tensor in tensors])
         return settings(self.modules), read_by(*self._forwards_of_users), kinds
 
     def _compiled(self, program: ModelProgram, arguments: Arguments, num_models: int, layout: Layout) -> _Forward:

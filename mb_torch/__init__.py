@@ -1,5 +1,6 @@
 """Train many independent PyTorch models at once."""
 
+from mb_torch.advice import Advice, Trial
 from mb_torch.amp import GradScaler
 from mb_torch.backend import available_backends, init_distributed, register_backend
 from mb_torch.batching import (
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AbstractBatchModule",
+    "Advice",
     "BatchModule",
     "DataRouter",
     "GradScaler",
@@ -50,6 +52,7 @@ __all__ = [
     "StratifiedDataRouter",
     "StratifiedRouter",
     "TrainStep",
+    "Trial",
     "Unsupported",
     "available_backends",
     "batch_accuracy",

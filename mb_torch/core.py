@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from mb_torch.advice import Advice, advise
 from mb_torch.backend import Backend, BatchSpec, create_backend, resolve_backend_name
 from mb_torch.clipping import clip_gradients_
 from mb_torch.errors import InvalidInput, InvalidState
@@ -358,6 +359,62 @@ class ModelBatch(nn.Module):
             active=active,
             scaler=scaler,
             aux=aux,
+            shared_targets=shared_targets,
+        )
+
+    def advise(
+        self,
+        inputs: Any,
+        targets: Any,
+        loss_fn: Callable[..., Tensor],
+        *,
+        optimizer_cls: type[torch.optim.Optimizer] = torch.optim.Adam,
+        backends: Sequence[str] | None = None,
+        compiled: bool = False,
+        seconds: float = 1.0,
+        shared_targets: bool | None = None,
+    ) -> Advice:
+        """Train copies of the models for a moment in every way there is, and say which one to take.
+
+        Plain PyTorch, one model after another; fused steps on every backend; and with the fastest of them, chunks of
+        a quarter and of a sixteenth of the models. Batching does not always pay: large layers fill the machine with
+        one model. Nothing else should run meanwhile. The batch, its random streams and gradients stay as they are;
+        the trial needs memory for two more copies of the models and their optimizer state.
+
+        Args:
+            inputs: A batch of real data, as for `forward`.
+            targets: Its targets, as for `make_train_step`.
+            loss_fn: Takes one model's outputs and targets and returns a 0-dim tensor.
+            optimizer_cls: What the models are to be trained with.
+            backends: Names of the backends to try. Default: all; those that lack a package are listed with the
+                command that installs it.
+            compiled: Try ``enable_compile()`` too, which takes ten seconds and more.
+            seconds: How long to measure each way, after its first two steps.
+            shared_targets: As for `make_train_step`.
+
+        Returns:
+            What was measured, to be printed, and the arguments of `ModelBatch` that follow from it (``.options``).
+
+        Raises:
+            InvalidInput: Arguments that do not fit. Errors of the model and of the loss are raised as they are.
+
+        Example:
+            >>> mb = ModelBatch([nn.Linear(4, 2) for _ in range(3)])
+            >>> advice = mb.advise(
+            ...     torch.randn(8, 4), torch.zeros(8, 2), nn.functional.mse_loss, backends=["torch"], seconds=0.01
+            ... )
+            >>> sorted(str(trial) for trial in advice.trials)
+            ["backend='torch'", 'one by one, plain PyTorch']
+        """
+        return advise(
+            self,
+            inputs,
+            targets,
+            loss_fn,
+            optimizer_cls=optimizer_cls,
+            backends=backends,
+            compiled=compiled,
+            seconds=seconds,
             shared_targets=shared_targets,
         )
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import bars, command, peers, report
+from benchmarks import bars, command, comparison, peers, plots, report
 from benchmarks.contestants import CONTESTANTS, CONVOLUTIONS, ON_JAX, ON_TORCH, ONE_RATE, TOGETHER, Contestant, Loop
+from benchmarks.floors import Rates, floor_of
 from benchmarks.measure import (
     Disagreement,
     Memory,
@@ -24,6 +25,8 @@ from benchmarks.measure import (
     race,
 )
 from benchmarks.plan import Choices
+from benchmarks.recipes import RECIPES
+from benchmarks.results import Results
 from benchmarks.worker import Weights, Worker, WorkerFailed
 from benchmarks.workloads import CNNs, MLPs, Workload
 from tests.marks import needs_compiler
@@ -32,7 +35,7 @@ SMALL = MLPs(num_models=3, features=6, hidden=5, classes=4, batch=8)
 ONE = replace(SMALL, num_models=1)
 SWEEP = replace(SMALL, lowest_rate=1e-4, highest_rate=1e-2)
 IMAGES = CNNs(num_models=3, side=4, channels=(2, 3), classes=4, batch=8, lowest_rate=1e-2, highest_rate=1e-2)
-EAGER = [name for name in ON_TORCH if name != bars.PEER and "compiled" not in name]
+EAGER = [name for name in ON_TORCH if name not in bars.PEERS and "compiled" not in name]
 
 
 def train(contestant: Contestant, workload: Workload, steps: int) -> tuple[np.ndarray, Weights]:
@@ -63,6 +66,26 @@ def test_contestants_on_jax_train_the_same_models(name: str) -> None:
 @pytest.mark.parametrize("name", [bars.FUSED, bars.JAX_FUSED, *CONVOLUTIONS])
 def test_contestants_train_the_same_convolutions(name: str) -> None:
     agrees_with_the_loop(name, IMAGES)
+
+
+@pytest.mark.parametrize("shared_input", [True, False])
+@pytest.mark.parametrize("kind", comparison.KINDS)
+def test_every_kind_is_trained_the_same(kind: str, shared_input: bool) -> None:
+    for optimizer in RECIPES if kind == "MLP" else [comparison.KINDS[kind].optimizer]:
+        own = comparison.small(replace(comparison.KINDS[kind], dtype="float64"))
+        own = replace(own, optimizer=optimizer, shared_input=shared_input)
+        _, expected = train(Loop(own), own, 5)
+        for name in EAGER:
+            assert check_weights({"loop": expected, name: train(CONTESTANTS[name](own), own, 5)[1]}) <= 1e-9
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", comparison.KINDS)
+def test_every_kind_is_trained_the_same_on_jax(kind: str) -> None:
+    own = comparison.small(replace(comparison.KINDS[kind], dtype="float64"))
+    _, expected = train(Loop(own), own, 5)
+    for name in ON_JAX:
+        assert check_weights({"loop": expected, name: train(CONTESTANTS[name](own), own, 5)[1]}) <= 1e-9
 
 
 def agrees_with_the_loop(name: str, workload: Workload) -> None:
@@ -258,6 +281,57 @@ def test_bytes_of_the_parameters_of_convolutions() -> None:
     assert IMAGES.parameter_bytes == parameters
 
 
+def test_the_floor_counts_operations_and_bytes() -> None:
+    rates = Rates(flops=1e9, bytes=1e6)
+    floor = floor_of(SMALL, rates)
+    # Forward, gradients of the weights, and of the hidden layer: those of the inputs nobody needs.
+    products = 8 * (6 * 5 + 5 * 4)
+    assert floor.flops == 3 * 2 * (2 * products + 8 * 5 * 4)
+    # Parameters and two averages of Adam's, in and out.
+    assert floor.bytes == 2 * 3 * SMALL.parameter_bytes
+    assert floor.seconds == floor.bytes / 1e6
+    assert floor_of(SMALL, Rates(flops=1.0, bytes=1e6)).seconds == floor.flops
+    momentum = floor_of(replace(SMALL, optimizer="SGD with momentum"), rates)
+    assert momentum.bytes == 2 * 2 * SMALL.parameter_bytes
+    # What PyTorch has as one operation is counted, too.
+    assert floor_of(comparison.KINDS["LSTM"], rates).flops > 1e9
+
+
+def equal_results() -> Results:
+    """Every contestant of the comparison takes a second."""
+    races = comparison.plan(Choices()).races
+    timings = {
+        key: Timings(one.workload, 5, {}, {name: [1.0, 1.0] for name in one.contestants}, 0.0)
+        for key, one in races.items()
+    }
+    rates = Rates(flops=1e12, bytes=1e12)
+    return Results(timings, {}, rates, {key: floor_of(one.workload, rates) for key, one in races.items()}, {})
+
+
+def test_the_figure_of_the_comparison(tmp_path: Path) -> None:
+    plots.draw(equal_results(), tmp_path / "figure.svg")
+    text = (tmp_path / "figure.svg").read_text()
+    assert text.count('id="axes_') == 2
+
+
+def test_bars_of_the_comparison() -> None:
+    results = equal_results()
+    timings = results.timings
+    timings["MLP, 64"].seconds[bars.JAX_RUN] = [0.5, 0.5]
+    timings["MLP, 1024"].seconds[bars.FUSED] = [12.8, 12.8]
+    for name in {*timings["MLP, 1024"].seconds} - {bars.FUSED}:
+        timings["MLP, 1024"].seconds[name] = [16.0, 16.0]
+    found = {bar.what: bar for bar in bars.bars_of_comparison(results)}
+    assert len(found) == len(bars.bars_of_comparison(results))
+    assert found["MLP, 64: modelbatch 0.1.0 / ours on jax, step.run"].measured.median == 2.0
+    assert not found["MLP, 64: modelbatch 0.1.0 / ours on jax, step.run"].holds
+    assert found["MLP, 64: ours on jax, step.run / loop, the best of the others"].measured.median == 0.5
+    growth = found["ours, make_train_step: time per model with 1024 models / with 64"]
+    assert (growth.measured.median, growth.holds) == (0.8, True)
+    least = results.floors["MLP, 64"].flops / 1e12
+    assert found["MLP, 64: ours on jax, step.run / floor of operations"].measured.median == pytest.approx(0.5 / least)
+
+
 def test_learning_rates_of_a_sweep() -> None:
     assert SWEEP.learning_rates == pytest.approx([1e-4, 1e-3, 1e-2])
     assert ONE.learning_rates == [1e-3]
@@ -289,9 +363,10 @@ def test_a_failed_installation_leaves_nothing(monkeypatch: pytest.MonkeyPatch, t
 @pytest.mark.parametrize(
     ("name", "contestants"),
     [
-        ("mlp", {*ON_TORCH} - {bars.PEER}),
+        ("mlp", {*ON_TORCH} - {*bars.PEERS}),
         ("xla", {"loop", bars.FUSED, *ON_JAX}),
         ("cnn", {"loop", bars.FUSED, bars.JAX_FUSED, *CONVOLUTIONS}),
+        ("comparison", {*EAGER, *ON_JAX}),
     ],
 )
 def test_a_quick_run(name: str, contestants: set[str], tmp_path: Path) -> None:
@@ -307,7 +382,11 @@ def test_a_quick_run(name: str, contestants: set[str], tmp_path: Path) -> None:
     output = next(tmp_path.glob("*.json"))
     assert output.name.startswith(f"{name}_step")
     results = json.loads(output.read_text())
-    assert set(results["timings"]["many"]["seconds"]) == contestants
+    race, *others = results["timings"].values()
+    assert set(race["seconds"]) == contestants
+    assert race["floor"]["seconds"] > 0
+    if name == "comparison":
+        assert len(others) == len(comparison.SMOKE) - 1
     assert results["bars"] == []
     for contestant in contestants:
         assert f"| {contestant} |" in finished.stdout
