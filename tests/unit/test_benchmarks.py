@@ -58,6 +58,7 @@ def test_contestants_train_the_same_models(name: str, workload: MLPs) -> None:
     agrees_with_the_loop(name, workload)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ON_JAX)
 def test_contestants_on_jax_train_the_same_models(name: str) -> None:
     agrees_with_the_loop(name, SWEEP)
@@ -148,6 +149,7 @@ def test_losses_must_fall() -> None:
         check_losses({"constant": np.ones((5, 2))})
 
 
+@pytest.mark.long
 def test_contestants_race_in_processes_of_their_own() -> None:
     names = ["loop", bars.FUSED]
     lines: list[str] = []
