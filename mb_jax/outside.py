@@ -21,6 +21,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from bridge.keys import PLAIN, Same, constant_key, value_key
+from mb_torch.compatibility import is_filled
 from mb_torch.stacked.definition import Definition
 
 _logger = logging.getLogger("modelbatch.jax")
@@ -123,10 +124,11 @@ class _Reader:
 
     def __init__(self) -> None:
         # By identity; holding the objects keeps identities their own.
-        self._seen: dict[tuple[int, int], Any] = {}
+        self._seen: dict[tuple[int, int, frozenset[str]], Any] = {}
 
-    def _is_new(self, value: Any, owner: Any = None) -> bool:
-        place = id(value), id(owner)
+    def _is_new(self, value: Any, owner: Any = None, names: frozenset[str] = frozenset()) -> bool:
+        """Whether something has not been read yet, as part of this owner and by code with these names."""
+        place = id(value), id(owner), names
         if place in self._seen:
             return False
         self._seen[place] = value, owner
@@ -167,7 +169,7 @@ class _Reader:
         global_names, names = _names(function.__code__)
         outside = function.__globals__
         values = [
-            *(cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)),
+            *(cell.cell_contents for cell in function.__closure__ or () if is_filled(cell)),
             *(function.__defaults__ or ()),
             *(function.__kwdefaults__ or {}).values(),
             *vars(function).values(),
@@ -191,6 +193,9 @@ class _Reader:
             return Same(value)
         if isinstance(value, np.ndarray):
             return constant_key(value)
+        if isinstance(value, nn.Module):
+            # The code may call other methods than forward.
+            return self.function(value), self._object(value, names)
         if isinstance(value, _CALLABLE):
             return self.function(value)
         if isinstance(value, (types.ModuleType, type)):
@@ -199,11 +204,11 @@ class _Reader:
             return cls, self._entries(value, names), self._object(value, names)
         if _is_library(cls) or not (hasattr(value, "__dict__") or hasattr(cls, "__slots__")):
             return constant_key(value), self._object(value, names)
-        call = _of_class(cls, "__call__")
-        return cls, self._object(value, names), None if call is None else self.function(value)
+        call = self.function(value) if _of_class(cls, "__call__") else None
+        return cls, self._object(value, names), call
 
     def _entries(self, container: Any, names: frozenset[str]) -> Hashable:
-        if not self._is_new(container):
+        if not self._is_new(container, names=names):
             return None
         if len(container) > _MOST_ENTRIES:
             return Same(container), len(container)
@@ -215,18 +220,18 @@ class _Reader:
     def _object(self, value: Any, names: frozenset[str]) -> Hashable:
         """A key for those attributes of an object, class or module that have these names."""
         own = getattr(value, "__dict__", {})
+        if isinstance(value, nn.Module):
+            own = {**own, **value._modules}
         found = []
         for name in names:
             if name in own:
                 found.append((name, self._member(own[name], value, names)))
             elif not isinstance(value, types.ModuleType):
-                member = _of_class(value if isinstance(value, type) else type(value), name)
-                if member is not None:
-                    found.append((name, self._member(member, value, names)))
+                members = _of_class(value if isinstance(value, type) else type(value), name)
+                found += [(name, self._member(member, value, names)) for member in members]
         return frozenset(found)
 
     def _member(self, member: Any, owner: Any, names: frozenset[str]) -> Hashable:
-        place = (member, owner)
         if isinstance(member, (classmethod, staticmethod)):
             member = member.__func__
         elif isinstance(member, property):
@@ -236,16 +241,16 @@ class _Reader:
             member = getattr(owner, member.__name__, None)
         if isinstance(member, types.FunctionType):
             return self._code(member, None if isinstance(owner, (type, types.ModuleType)) else owner)
-        return self._read(member, names) if self._is_new(*place) or type(member) in PLAIN else None
+        return self._read(member, names) if type(member) in PLAIN or self._is_new(member, owner, names) else None
 
 
 _NO_NAMES: frozenset[str] = frozenset()
-_CALLABLE = (nn.Module, types.FunctionType, types.MethodType, functools.partial)
+_CALLABLE = (types.FunctionType, types.MethodType, functools.partial)
 
 
-def _of_class(cls: type, name: str) -> Any:
-    """What a class that is not a library's has under a name, itself or from another such class."""
-    return next((vars(own)[name] for own in cls.__mro__ if name in vars(own) and not _is_library(own)), None)
+def _of_class(cls: type, name: str) -> list[Any]:
+    """What a class and its bases, as far as they are no library's, have under a name: ``super()`` reaches all."""
+    return [vars(own)[name] for own in cls.__mro__ if name in vars(own) and not _is_library(own)]
 
 
 def _is_library(value: Any) -> bool:
@@ -278,11 +283,3 @@ def _with_inner(code: types.CodeType) -> Iterator[types.CodeType]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _with_inner(constant)
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        _ = cell.cell_contents
-    except ValueError:
-        return False
-    return True

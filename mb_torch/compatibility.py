@@ -181,7 +181,7 @@ class _Comparison:
         ours, theirs = a.__code__, b.__code__
         if (ours.co_code, ours.co_names) != (theirs.co_code, theirs.co_names) or not _same_constants(ours, theirs):
             return f"the function {where} has other code"
-        cells = [[cell.cell_contents for cell in f.__closure__ or () if _filled(cell)] for f in (a, b)]
+        cells = [[cell.cell_contents for cell in f.__closure__ or () if is_filled(cell)] for f in (a, b)]
         return self._values(
             [a.__defaults__, a.__kwdefaults__, cells[0]], [b.__defaults__, b.__kwdefaults__, cells[1]], where
         )
@@ -238,7 +238,8 @@ def _same_constants(a: types.CodeType, b: types.CodeType) -> bool:
     )
 
 
-def _filled(cell: Any) -> bool:
+def is_filled(cell: Any) -> bool:
+    """Whether a cell of a closure has a value; that of a function that is defined later has none yet."""
     try:
         _ = cell.cell_contents
     except ValueError:

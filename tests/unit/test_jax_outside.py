@@ -85,6 +85,40 @@ class Bound:
         return self.loss_by_helper(outputs)
 
 
+class Base:
+    def __init__(self) -> None:
+        self.settings = SimpleNamespace(first=1.0, second=1.0, other=object())
+        self.in_base = 1.0
+
+    def loss(self, outputs: Tensor) -> Tensor:
+        return outputs.square().mean() * self.in_base
+
+
+class Derived(Base):
+    def loss(self, outputs: Tensor) -> Tensor:
+        return super().loss(outputs)
+
+    def loss_of_both(self, outputs: Tensor) -> Tensor:
+        return outputs.square().mean() * self.settings.first * self._second()
+
+    def _second(self) -> float:
+        return self.settings.second
+
+
+class Encoder(nn.Module):
+    def encode(self, outputs: Tensor) -> Tensor:
+        return outputs.square().mean() * FACTOR
+
+
+class Encoding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Encoder()
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        return self.encoder.encode(outputs)
+
+
 class Slotted:
     __slots__ = ("value",)
 
@@ -128,6 +162,7 @@ def _cases() -> dict[str, Case]:
 
     rebound = SimpleNamespace(function=outer(1.0))
     config = {"of": 1.0, "device": torch.device("cpu"), "numpy": np.float64(1), "tensor": torch.ones(())}
+    derived = Derived()
     functions, slotted, attributes, module = (
         [outer(1.0)],
         Slotted(),
@@ -170,6 +205,10 @@ def _cases() -> dict[str, Case]:
         "getattr": (lambda o: o.square().mean() * getattr(settings, "value", None), settings.set),
         "attribute of an attribute": (bound.loss_of_settings, lambda v: setattr(bound.settings, "value", v)),
         "helper of a method": (bound.loss_by_helper, _set_global),
+        "object that two methods read": (derived.loss_of_both, lambda v: setattr(derived.settings, "second", v)),
+        "first of two": (derived.loss_of_both, lambda v: setattr(derived.settings, "first", v)),
+        "method of a base": (derived.loss, lambda v: setattr(derived, "in_base", v)),
+        "method of a submodule": (Encoding(), _set_global),
         "callable object": (bound, lambda v: setattr(bound, "factor", v)),
         "dict of a module": (module, lambda v: module.options.update(factor=v)),
         "namespace of a module": (module, lambda v: setattr(module.space, "factor", v)),
