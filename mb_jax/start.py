@@ -17,6 +17,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from mb_torch.errors import InvalidInput
+from mb_torch.host_memory import keep_freed_memory
 
 _logger = logging.getLogger("modelbatch.jax")
 
@@ -49,6 +50,7 @@ def prepare() -> None:
         True
     """
     _show()
+    keep_freed_memory()
     os.environ.setdefault(_PREALLOCATE, "false")
     if jax.config.values["jax_num_cpu_devices"] < 1 and _HOST_DEVICES not in os.environ.get("XLA_FLAGS", ""):
         # JAX has been used before.
