@@ -245,9 +245,10 @@ class Memory:
 def peak_memory(contestant: str, workload: Workload, threads: int, steps: int = 4) -> Memory:
     """Measure the memory that a contestant needs to be built and trained for some steps."""
     with Worker(contestant, threads) as worker:
-        worker.return_freed_memory()
         # Code and work space of the libraries, which any program has: first use, at the same widths.
         worker.build(replace(workload, num_models=2))
+        # After a library may have decided otherwise for the process.
+        worker.return_freed_memory()
         worker.run(steps)
         worker.discard()
         before = worker.present_memory()

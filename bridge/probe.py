@@ -203,12 +203,13 @@ def _unchanged(jaxpr: Jaxpr, given: Sequence[Var]) -> list[int | None]:
 def _seeds(jaxpr: Jaxpr) -> bool:
     """Whether a random key is made from a number, so that it does not depend on the key that is given."""
     return any(
-        equation.primitive.name == "random_seed" or any(_seeds(inner) for inner in _inside(equation))
+        equation.primitive.name == "random_seed" or any(_seeds(inner) for inner in inside(equation))
         for equation in jaxpr.eqns
     )
 
 
-def _inside(equation: Any) -> Iterator[Jaxpr]:
+def inside(equation: Any) -> Iterator[Jaxpr]:
+    """The programs that an operation runs: the body of a loop, what a call calls."""
     for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: isinstance(leaf, Jaxpr)):
         if isinstance(value, ClosedJaxpr):
             yield value.jaxpr

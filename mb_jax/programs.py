@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from bridge.by_value import Knowable
+from bridge.cost import bytes_written
+from bridge.dtypes import as_jax_dtype
 from bridge.keys import constant_key
 from bridge.taken import Taken
 from bridge.translators import Checked, translate_function
@@ -54,6 +56,7 @@ class ModelProgram:
         num_results: How many tensors the result has.
         changed: Positions of the definitions' tensors that the function changes.
         by_value: Leaves of the arguments whose values it was made for: it must not be run with others.
+        forms: Shape and dtype of each flat input of one model.
         key: Equal for programs that compute the same.
     """
 
@@ -102,9 +105,9 @@ class ModelProgram:
         self.by_value = [tensor_leaves[position - self.num_tensors] for position in translation.known or ()]
         self._taken = [Taken(tensor) for tensor in self.checked.taken]
         self.num_results = len(translation.dtypes) - self.num_tensors
-        forms = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
+        self.forms = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
         # Equal keys compute the same; what has no text is like nothing else.
-        self.key: Hashable = (translation.translator, translation.text or object(), self.num_results, forms)
+        self.key: Hashable = (translation.translator, translation.text or object(), self.num_results, self.forms)
         after = translation.unchanged[self.num_results :]
         self.changed = [position for position, source in enumerate(after) if source != position]
 
@@ -173,6 +176,16 @@ class ModelProgram:
         """
         outputs = self.checked.translation.run(inputs, key, convolution)
         return outputs[: self.num_results], [outputs[self.num_results + position] for position in self.changed]
+
+    def bytes_written(self, convolution: str) -> int:
+        """Return how many bytes one model's forward pass computes; see `bridge.cost.bytes_written`."""
+        inputs = [jax.ShapeDtypeStruct(shape, as_jax_dtype(dtype)) for shape, dtype in self.forms]
+        seed = step = jax.ShapeDtypeStruct((), jnp.int64)
+
+        def run(inputs: Arrays, seed: jax.Array, step: jax.Array) -> Any:
+            return self.run_one(inputs, key_of(seed, step) if self.draws else None, convolution)
+
+        return bytes_written(run, inputs, seed, step)
 
 
 _PROGRAMS_KEPT = 512

@@ -48,6 +48,16 @@ def along(axis: int = 0) -> PartitionSpec:
     return PartitionSpec(*[None] * axis, _AXIS)
 
 
+def axis_of_models(spec: PartitionSpec) -> int:
+    """The axis that `along` was made for; -1 for `EVERYWHERE`.
+
+    Example:
+        >>> axis_of_models(along(1)), axis_of_models(EVERYWHERE)
+        (1, -1)
+    """
+    return len(spec) - 1
+
+
 class Layout:
     """All arrays on one device. What is the same for all layouts is described here.
 

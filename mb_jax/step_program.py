@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import torch
 
+from mb_jax.groups import WorkingSet, group_size, in_groups
 from mb_jax.optim import StateArrays, UpdatePlan, apply_update, where_active
 from mb_jax.programs import ModelProgram, over_models, shared
 from mb_jax.sharding import EVERYWHERE, ONE_DEVICE, Layout, along
@@ -174,18 +175,24 @@ class StepProgram:
         """
 
         def make() -> Any:
-            step = self._step(layout.local_models(num_models), updates, varying, clips)
+            local = layout.local_models(num_models)
+            size = local if self.chunk_size is not None else group_size(local, self._working_set(), repeats=repeats)
+            step = self._step(size, updates, varying, clips)
 
             def steps(state: State, inputs: StepInputs, constants: Constants) -> Any:
                 return jax.lax.scan(lambda state, inputs: step(state, inputs, constants), state, inputs)
 
-            models = along(int(repeats))
-            function = layout.spread(
-                steps if repeats else step, self._axes_of_inputs(varying, repeats), (along(), models)
-            )
-            return jax.jit(function, donate_argnums=0)
+            inputs, results = self._axes_of_inputs(varying, repeats), along(int(repeats))
+            function = in_groups(steps if repeats else step, inputs, results, size, local)
+            return jax.jit(layout.spread(function, inputs, (along(), results)), donate_argnums=0)
 
         return shared(("training", self.key, num_models, updates, varying, clips, repeats, layout), make)
+
+    def _working_set(self) -> WorkingSet:
+        trained = [self.program.forms[position] for position in self.places.trained]
+        state = sum(shape.numel() * dtype.itemsize for shape, dtype in trained)
+        # Parameters, gradients, and as much again of each for the state of most optimizers.
+        return WorkingSet(4 * state, self.program.bytes_written(self.convolution))
 
     def _axes_of_inputs(self, varying: Sequence[bool], repeats: bool) -> tuple[Any, StepInputs, Constants]:
         """Where the arguments of a step have the model axis."""

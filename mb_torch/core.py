@@ -679,6 +679,10 @@ class ModelBatch(nn.Module):
         """
         self.backend.enable_compile(**kwargs)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Do the same as `enable_compile`, by the name that every ``nn.Module`` has for it."""
+        self.enable_compile(*args, **kwargs)
+
     def metrics(self) -> dict[str, float]:
         """Return the losses of the last `compute_loss` or training step: ``{"loss_model_0": 0.1, ...}``.
 

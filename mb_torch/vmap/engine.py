@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from mb_torch.backend import Backend, BatchSpec, Capabilities, Step, StepSpec
 from mb_torch.errors import InvalidInput, Unsupported
+from mb_torch.host_memory import keep_freed_memory
 from mb_torch.stacked.arguments import Arguments
 from mb_torch.stacked.optim import make_optimizer
 from mb_torch.stacked.packing import check_loss
 from mb_torch.stacked.parts import Plan, plan_parts
 from mb_torch.vmap.compiled import CompiledFunction, NotCompilable
 from mb_torch.vmap.definition import BatchableDefinition
-from mb_torch.host_memory import keep_freed_memory
 from mb_torch.vmap.mapping import Fallback, ModelMap, with_model_axis
 from mb_torch.vmap.rng import make_keys
 from mb_torch.vmap.step import FusedStep

@@ -48,6 +48,12 @@ def test_compiled_models_give_the_same_and_compile_once(dynamo: Any, count: int)
         assert_close(parameter.grad, torch.stack([dict(model.named_parameters())[name].grad for model in models]))
 
 
+def test_the_usual_name_of_a_module_compiles_steps_too() -> None:
+    mb = ModelBatch(build(small))
+    mb.compile(backend="eager")
+    assert mb.backend_report()["compiled"]
+
+
 @pytest.mark.parametrize("optimizer_cls", [torch.optim.SGD, torch.optim.Adam])
 @pytest.mark.parametrize("seeds", [None, [1, 2, 3]])
 def test_a_compiled_step_gives_the_same_and_compiles_once(dynamo: Any, optimizer_cls: Any, seeds: Any) -> None:
