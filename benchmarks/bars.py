@@ -147,5 +147,5 @@ def bars_of_memory(memory: Mapping[str, Memory]) -> list[Bar]:
     return [
         Bar(f"memory beyond gradients and optimizer state / parameters: {name}", Spread.of([m.copies] * 2), 1.1, False)
         for name, m in memory.items()
-        if name.startswith("ours")
+        if name in (EAGER, FUSED, COMPILED)
     ]

@@ -6,7 +6,7 @@ import sys
 from dataclasses import replace
 
 from benchmarks.bars import EAGER, FUSED, Bar, bars_of_many, bars_of_memory, bars_of_one
-from benchmarks.contestants import ON_TORCH, ONE_RATE
+from benchmarks.contestants import ON_JAX, ON_TORCH, ONE_RATE
 from benchmarks.measure import Race
 from benchmarks.plan import Choices, Plan
 from benchmarks.results import Results
@@ -33,7 +33,7 @@ def plan(choices: Choices) -> Plan:
         },
         _bars,
         # Memory is that of the process as Linux counts it, which a GPU's is not part of.
-        tuple(later) if sys.platform == "linux" and choices.device == "cpu" else (),
+        (*later, *choices.present([*ON_JAX])) if sys.platform == "linux" and choices.device == "cpu" else (),
         large,
     )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -37,12 +38,28 @@ def as_jax_dtype(dtype: torch.dtype) -> jnp.dtype:
     return jnp.dtype(_DTYPES[dtype])
 
 
-def torch_dtypes() -> AbstractContextManager[object]:
-    """Within the block JAX has 64-bit types, without which it would cut int64 and float64 in half in silence.
+# What torch says of products in float32, in JAX's words.
+_PRECISIONS = {"highest": "highest", "high": "high", "medium": "default"}
+
+
+@contextmanager
+def torch_dtypes() -> Iterator[None]:
+    """Within the block JAX computes with PyTorch's types.
+
+    It has 64-bit types, without which it would cut int64 and float64 in half in silence, and computes float32 products
+    as precisely as ``torch.set_float32_matmul_precision`` says; left to itself, it takes bfloat16 on a TPU and
+    TensorFloat-32 on a GPU. (A CPU has no choice, and asking costs time.)
 
     Example:
         >>> with torch_dtypes():
         ...     jnp.arange(2, dtype=jnp.int64).dtype.name
         'int64'
     """
-    return jax.enable_x64(True)
+    with jax.enable_x64(True), _products():
+        yield
+
+
+def _products() -> AbstractContextManager[object]:
+    if jax.default_backend() == "cpu":
+        return nullcontext()
+    return jax.default_matmul_precision(_PRECISIONS[torch.get_float32_matmul_precision()])

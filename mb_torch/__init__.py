@@ -22,6 +22,7 @@ from mb_torch.errors import (
     ModelBatchError,
     Unsupported,
 )
+from mb_torch.numerics import numerics
 from mb_torch.optimizer import (
     OptimizerFactory,
     create_adam_configs,
@@ -64,6 +65,7 @@ __all__ = [
     "create_sgd_configs",
     "init_distributed",
     "make_joint_step",
+    "numerics",
     "register_backend",
     "register_module",
 ]
