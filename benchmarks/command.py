@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks import cnn_step, comparison, mlp_step, peers, report, xla_step
 from benchmarks.bars import PEERS, Bar
 from benchmarks.floors import floor_of, measure_rates
-from benchmarks.measure import CHECKED_STEPS, Disagreement, Memory, agree_in_float64, peak_memory, race
+from benchmarks.measure import CHECKED_STEPS, Disagreement, agree_in_float64, peak_memory, race
 from benchmarks.plan import Choices, Plan
 from benchmarks.results import Results
 
@@ -72,24 +72,34 @@ def _run(name: str, plan: Plan, options: argparse.Namespace, where: Mapping[str,
             peers.install(package)
     rates = measure_rates(options.threads)
     _say(f"{rates.flops / 1e9:.0f} Gflop/s in a large product, {rates.bytes / 1e9:.0f} GB/s in a copy")
-    timings, differences = {}, {}
+    floors = {key: floor_of(one.workload, rates) for key, one in plan.races.items()}
+    results = Results({}, {}, rates, floors, {})
     for key, one in plan.races.items():
         _say(str(one.workload))
-        differences[key] = agree_in_float64(one.contestants, one.workload, options.threads)
-        _say(f"all train the same weights in float64, up to {differences[key]:.0e}")
+        results.differences[key] = agree_in_float64(one.contestants, one.workload, options.threads)
+        _say(f"all train the same weights in float64, up to {results.differences[key]:.0e}")
         own = one.shortened() if options.quick else one
-        timings[key] = race(own, options.threads, rounds=options.rounds, say=_say)
-    memory: dict[str, Memory] = {}
+        results.timings[key] = race(own, options.threads, rounds=options.rounds, say=_say)
+        # At once: a later race may fail after an hour.
+        _write(name, plan, options, where, results, [])
     if plan.large is not None and plan.measured_memory:
         _say(f"peak memory, {plan.large}")
-        memory = {who: peak_memory(who, plan.large, options.threads) for who in plan.measured_memory}
-
-    floors = {key: floor_of(one.workload, rates) for key, one in plan.races.items()}
-    results = Results(timings, differences, rates, floors, memory)
+        for who in plan.measured_memory:
+            results.memory[who] = peak_memory(who, plan.large, options.threads)
     # The bounds are those of processors.
     bars = [] if options.quick or "gpu" in where else plan.bars(results)
+    print(_write(name, plan, options, where, results, bars))
+    missed = [bar.what for bar in bars if not bar.holds]
+    if missed:
+        print(f"{name}: bounds that do not hold: {len(missed)} of {len(bars)}", file=sys.stderr)
+    return not missed
+
+
+def _write(
+    name: str, plan: Plan, options: argparse.Namespace, where: Mapping[str, Any], results: Results, bars: Sequence[Bar]
+) -> str:
+    """The results so far as a page, which is written with the data and the figure if there is a folder for them."""
     page = _page(plan.title, where, results, bars, quick=options.quick)
-    print(page)
     if options.output is not None:
         path = options.output / f"{file_name(name, where.get('gpu'))}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,10 +108,7 @@ def _run(name: str, plan: Plan, options: argparse.Namespace, where: Mapping[str,
         if plan.draw is not None:
             plan.draw(results, path.with_suffix(".svg"))
         _say(f"written to {path}")
-    missed = [bar.what for bar in bars if not bar.holds]
-    if missed:
-        print(f"{name}: bounds that do not hold: {len(missed)} of {len(bars)}", file=sys.stderr)
-    return not missed
+    return page
 
 
 def file_name(benchmark: str, gpu: str | None) -> str:

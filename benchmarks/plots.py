@@ -53,7 +53,8 @@ def _draw_growth(axes: Axes, races: list[Timings]) -> None:
         if len(points) > 1:
             axes.plot(*zip(*sorted(points), strict=True), style, color=colour, marker=".", label=contestant)
     axes.set(xscale="log", yscale="log", xlabel="models", ylabel="microseconds a step and model", title="MLPs")
-    axes.legend(fontsize="x-small")
+    if axes.lines:
+        axes.legend(fontsize="x-small")
 
 
 def _draw_speed(axes: Axes, races: dict[str, Timings]) -> None:

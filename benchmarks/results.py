@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from benchmarks.floors import Floor, Rates
@@ -21,11 +20,11 @@ class Results:
         memory: Of those contestants whose memory was measured.
     """
 
-    timings: Mapping[str, Timings]
-    differences: Mapping[str, float]
+    timings: dict[str, Timings]
+    differences: dict[str, float]
     rates: Rates
-    floors: Mapping[str, Floor]
-    memory: Mapping[str, Memory]
+    floors: dict[str, Floor]
+    memory: dict[str, Memory]
 
     def over_floor(self, race: str, contestant: str, *, flops_only: bool = False) -> Spread:
         """Time of a contestant's steps, divided by the floor of the race."""

@@ -303,7 +303,13 @@ def equal_results() -> Results:
     """Every contestant of the comparison takes a second."""
     races = comparison.plan(Choices()).races
     timings = {
-        key: Timings(one.workload, 5, {}, {name: [1.0, 1.0] for name in one.contestants}, 0.0)
+        key: Timings(
+            one.workload,
+            5,
+            dict.fromkeys(one.contestants, 1.0),
+            {name: [1.0, 1.0] for name in one.contestants},
+            0.0,
+        )
         for key, one in races.items()
     }
     rates = Rates(flops=1e12, bytes=1e12)
@@ -314,6 +320,23 @@ def test_the_figure_of_the_comparison(tmp_path: Path) -> None:
     plots.draw(equal_results(), tmp_path / "figure.svg")
     text = (tmp_path / "figure.svg").read_text()
     assert text.count('id="axes_') == 2
+
+
+def test_what_was_measured_before_a_failure_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    full = equal_results()
+    first, second = list(comparison.plan(Choices(left_out=tuple(bars.PEERS))).races)[:2]
+
+    def disagree(contestants: list[str], workload: Workload, threads: int) -> float:
+        if workload == full.timings[second].workload:
+            raise Disagreement("they differ")
+        return 0.0
+
+    monkeypatch.setattr(command, "agree_in_float64", disagree)
+    monkeypatch.setattr(command, "race", lambda *_, **__: full.timings[first])
+    arguments = ["--only", "comparison", "--rounds", "15", "--without-peers", "--output", str(tmp_path)]
+    assert command.main(arguments) == 1
+    assert [*json.loads((tmp_path / "comparison_step.json").read_text())["timings"]] == [first]
+    assert (tmp_path / "comparison_step.svg").exists()
 
 
 def test_bars_of_the_comparison() -> None:

@@ -28,9 +28,7 @@ def _as_before() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = before[1]
 
 
-@pytest.mark.parametrize(
-    ("policy", "expected"), [("accuracy", ("highest", False)), ("performance", ("medium", True))]
-)
+@pytest.mark.parametrize(("policy", "expected"), [("accuracy", ("highest", False)), ("performance", ("medium", True))])
 def test_a_policy_holds_within_its_block(policy: Any, expected: tuple[str, bool]) -> None:
     torch.set_float32_matmul_precision("high")
     before = settings()
