@@ -19,6 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from trainers.config.errors import ConfigurationError
 from trainers.config.files import write_atomically, written
 from trainers.executors import Job, MissingScript, Outcome, Plan, read_record
 
@@ -52,7 +53,12 @@ class LocalExecutor:
     """
 
     def check(self, plan: Plan) -> None:
-        """Raise `MissingScript` if there is no script."""
+        """Raise `MissingScript` if there is no script, and `ConfigurationError` on Windows."""
+        if sys.platform == "win32":
+            raise ConfigurationError(
+                "execution_mode: received ExecutionMode.LOCAL on Windows, where child processes cannot be ended in "
+                "order; expected Linux or macOS. Use ExecutionMode.DRY_RUN and run its commands."
+            )
         if not plan.script_path.is_file():
             raise MissingScript(
                 f"script_path: received {plan.script_path}, which does not exist; expected the training script. "
@@ -113,7 +119,7 @@ def _start(job: Job, plan: Plan) -> _Child:
             stderr=err,
             cwd=plan.project_root,
             start_new_session=True,
-            pass_fds=() if plan.lock is None or sys.platform == "win32" else (plan.lock,),
+            pass_fds=() if plan.lock is None else (plan.lock,),
         )
     return _Child(job, process, record, time.monotonic())
 
@@ -159,7 +165,11 @@ def _stop(children: Sequence[_Child], caught: Sequence[int]) -> None:
     """Ask the children to end, and kill those that do not within the grace time or before the next signal."""
     before, deadline = len(caught), time.monotonic() + GRACE_SECONDS
     for child in children:
-        _send(child.process, signal.SIGTERM)
+        if child.process.poll() is None:
+            _send(child.process, signal.SIGTERM)
+        else:
+            _finish(child)
+    children = [child for child in children if child.process.returncode is None]
     while any(child.process.poll() is None for child in children):
         if len(caught) > before or time.monotonic() > deadline:
             break

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
-import json
-import math
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from trainers.config.combinations import (
+    Combination,
+    canonical_values,
+    count_kept,
+    matches,
+    problems_of_combinations,
+    problems_of_keys,
+    texts_of,
+)
 from trainers.config.creation import create_experiment_config
 from trainers.config.errors import ConfigurationError, ValidationError, problem
 from trainers.config.grid import ParameterGrid
 from trainers.config.grid_files import Compose, GridFile, read_grid_file, write_grid_file
-from trainers.config.keys import canonical_key, with_value
+from trainers.config.keys import with_value
 from trainers.config.naming import NamingStrategy, experiment_names
 from trainers.config.schema import ExperimentConfig
 
@@ -129,7 +133,7 @@ class ParameterGridSearch:
         Raises:
             ConfigurationError: An excluded combination has a key that is not in the schema.
         """
-        return sum(_count(grid, self._exclusions()) for grid in self.parameter_grids)
+        return sum(count_kept(grid, self._exclusions()) for grid in self.parameter_grids)
 
     def validate_grids(self) -> list[str]:
         """Return everything that would keep `generate_experiments` from yielding; empty if nothing does."""
@@ -167,11 +171,11 @@ class ParameterGridSearch:
         if problems:
             raise ValidationError(problems, "the grid search")
         combinations = self._combinations()
-        problems = _problems_of_combinations(combinations, self._exclusions())
+        problems = problems_of_combinations(combinations, self._exclusions())
         if problems:
             raise ValidationError(problems, "the grid search")
         kept = [combination for combination in combinations if combination.excluded_by is None]
-        bases = [self.base_config.get("experiment_name", combination.grid.name) for combination in kept]
+        bases = [str(self.base_config.get("experiment_name", combination.grid.name)) for combination in kept]
         names = experiment_names(bases, [item.canonical for item in kept], self.naming_strategy, moment)
         return self._build(kept, names)
 
@@ -228,7 +232,7 @@ class ParameterGridSearch:
         return search
 
     def _exclusions(self) -> list[dict[str, Any]]:
-        return [_canonical(pairs) for pairs in self.exclude_combinations]
+        return [canonical_values(pairs) for pairs in self.exclude_combinations]
 
     def _problems_of_grids(self) -> list[str]:
         """What is wrong with keys and counts, before any combination is made."""
@@ -236,14 +240,15 @@ class ParameterGridSearch:
             count = len(self.parameter_grids)
             return [f"parameter_grids: received {count} grids, none with a parameter; expected at least one with some"]
         base_name = self.base_config.get("experiment_name", "")
-        problems = [] if isinstance(base_name, str) else [problem("experiment_name", base_name, "text")]
-        problems += [text for grid in self.parameter_grids for text in _problems_of_keys(grid)]
+        # As in the schema, whose text fields take numbers: a file may say `experiment_name: 2026`.
+        problems = [] if type(base_name) in (str, int, float) else [problem("experiment_name", base_name, "text")]
+        problems += [text for grid in self.parameter_grids for text in problems_of_keys(grid)]
         for index, pairs in enumerate(self.exclude_combinations):
             for key, value in pairs.items():
                 try:
-                    _canonical({key: value})
+                    canonical_values({key: value})
                 except ConfigurationError as error:
-                    problems += [f"{text} (exclude_combinations[{index}])" for text in _texts(error)]
+                    problems += [f"{text} (exclude_combinations[{index}])" for text in texts_of(error)]
             if not pairs:
                 problems.append(
                     f"exclude_combinations[{index}]: received no pair; expected at least one key with a value"
@@ -257,17 +262,17 @@ class ParameterGridSearch:
                 )
         return problems
 
-    def _combinations(self) -> list[_Combination]:
+    def _combinations(self) -> list[Combination]:
         exclusions = self._exclusions()
         combinations = []
         for grid in self.parameter_grids:
             for given in grid.generate_permutations():
-                canonical = _canonical(given)
-                matching = (i for i, pairs in enumerate(exclusions) if _matches(canonical, pairs))
-                combinations.append(_Combination(grid, given, canonical, next(matching, None)))
+                canonical = canonical_values(given)
+                matching = (i for i, pairs in enumerate(exclusions) if matches(canonical, pairs))
+                combinations.append(Combination(grid, given, canonical, next(matching, None)))
         return combinations
 
-    def _build(self, combinations: Sequence[_Combination], names: Sequence[str]) -> list[ExperimentConfig]:
+    def _build(self, combinations: Sequence[Combination], names: Sequence[str]) -> list[ExperimentConfig]:
         experiments = []
         problems: dict[str, list[str]] = {}
         for combination, name in zip(combinations, names, strict=True):
@@ -276,7 +281,7 @@ class ParameterGridSearch:
                     create_experiment_config(self._compose({**combination.given, "experiment_name": name}))
                 )
             except ConfigurationError as error:
-                for text in _texts(error):
+                for text in texts_of(error):
                     problems.setdefault(text, []).append(name)
         if problems:
             raise ValidationError([f"{text} ({_listed(own)})" for text, own in problems.items()], "the grid search")
@@ -287,108 +292,6 @@ class ParameterGridSearch:
         for key, value in parameters.items():
             config = with_value(config, key, value)
         return config
-
-
-@dataclass(frozen=True)
-class _Combination:
-    """One combination: as the grid spells it, under canonical names, and the first exclusion that matches it."""
-
-    grid: ParameterGrid
-    given: dict[str, Any]
-    canonical: dict[str, Any]
-    excluded_by: int | None
-
-
-def _canonical(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The same keys and values as the schema spells them: two spellings of one thing are equal then."""
-    canonical = {}
-    for key, value in given.items():
-        name = canonical_key(key)
-        entry: Any = with_value({}, key, value)
-        for part in name.split("."):
-            entry = entry[part]
-        canonical[name] = entry
-    return canonical
-
-
-def _problems_of_keys(grid: ParameterGrid) -> list[str]:
-    names: dict[str, str] = {}
-    problems = []
-    where = f"(grid {grid.name!r})"
-    for key in grid.parameters:
-        try:
-            name = canonical_key(key)
-        except ConfigurationError as error:
-            problems += [f"{text} {where}" for text in _texts(error)]
-            continue
-        if name == "experiment_name":
-            problems.append(f"{key}: cannot be a parameter, because the naming strategy names experiments {where}")
-        if name in names:
-            problems.append(f"{key}: means the same as {names[name]}; expected one of them {where}")
-        for other in names:
-            if other.startswith(f"{name}.") or name.startswith(f"{other}."):
-                problems.append(
-                    f"{key}: one of it and {names[other]} lies inside the other; expected one of them {where}"
-                )
-        names[name] = key
-        for value in grid.parameters[key]:
-            try:
-                _canonical({key: value})
-            except ConfigurationError as error:
-                problems += [f"{text} {where}" for text in _texts(error)]
-    return problems
-
-
-def _problems_of_combinations(
-    combinations: Sequence[_Combination], exclusions: Sequence[Mapping[str, Any]]
-) -> list[str]:
-    uses = Counter(_exact(combination.canonical) for combination in combinations)
-    problems = []
-    for text in [text for text, count in uses.items() if count > 1]:
-        grids = [item.grid.name for item in combinations if _exact(item.canonical) == text]
-        problems.append(
-            f"parameter_grids: received the combination {text} {len(grids)} times, in {grids}; expected once"
-        )
-    if all(combination.excluded_by is not None for combination in combinations):
-        problems.append("exclude_combinations: all combinations are excluded; expected some to be left")
-    for index, pairs in enumerate(exclusions):
-        if not any(_matches(combination.canonical, pairs) for combination in combinations):
-            problems.append(
-                f"exclude_combinations[{index}]: received {pairs}, which matches no combination of any grid"
-            )
-    return problems
-
-
-def _exact(value: Any) -> str:
-    """A text that is equal for equal values of the same type only: 1, 1.0, True and "1" differ."""
-    return json.dumps(value, sort_keys=True)
-
-
-def _matches(parameters: Mapping[str, Any], pairs: Mapping[str, Any]) -> bool:
-    return all(key in parameters and _same(parameters[key], value) for key, value in pairs.items())
-
-
-def _same(first: Any, second: Any) -> bool:
-    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (first, second))
-    return bool(first == second) if numbers else _exact(first) == _exact(second)
-
-
-def _count(grid: ParameterGrid, exclusions: Sequence[Mapping[str, Any]]) -> int:
-    """How many combinations are not excluded; only keys that an exclusion names are gone through one by one."""
-    named = {key: canonical_key(key) for key in grid.parameters} if exclusions else {}
-    relevant = [pairs for pairs in exclusions if pairs.keys() <= set(named.values())]
-    excluding = [key for key, name in named.items() if any(name in pairs for pairs in relevant)]
-    if not excluding:
-        return grid.get_parameter_count()
-    kept = 0
-    for values in itertools.product(*(grid.parameters[key] for key in excluding)):
-        canonical = _canonical(dict(zip(excluding, values, strict=True)))
-        kept += not any(_matches(canonical, pairs) for pairs in relevant)
-    return kept * math.prod(len(values) for key, values in grid.parameters.items() if key not in excluding)
-
-
-def _texts(error: ConfigurationError) -> list[str]:
-    return error.problems if isinstance(error, ValidationError) else [str(error)]
 
 
 def _listed(names: Sequence[str]) -> str:

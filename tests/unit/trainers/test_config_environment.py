@@ -46,7 +46,7 @@ def resolved(text: Any) -> Any:
         ("${oc.env:EMPTY,default}", ""),
         ("${oc.env:UNSET,${oc.env:ALSO_UNSET,${FOLDER}/x}}", "/data/x"),
         ("${FOLDER}/x", "/data/x"),
-        ("${UNSET:-/tmp/x}", "/tmp/x"),
+        ("${UNSET:-/data/x}", "/data/x"),
         ("${EMPTY:-x}", "x"),
         ("${EMPTY}", ""),
         ("${UNSET:-}", ""),

@@ -108,6 +108,7 @@ def test_section_as_a_parameter() -> None:
         ([{"experiment_name": ["a"]}], ["experiment_name: cannot be a parameter"]),
         ([{"model.type": ["a"], "model.name": ["b"]}], ["model.name: means the same as model.type"]),
         ([{"model": [{"name": "a"}], "model.dropout": [0.1]}], ["model.dropout: one of it and model lies inside"]),
+        ([{"model.dropout": [0.1], "model": [{"name": "a"}]}], ["model: one of it and model.dropout lies inside"]),
         ([{"seed": [1, 2, 1]}], ['parameter_grids: received the combination {"seed": 1} 2 times']),
         ([{"optimizer.lr": [0.1]}, {"optimizer.learning_rate": [0.1, 0.2]}], ["parameter_grids: received the combin"]),
         ([{"slurm.gpus_per_node": ["many"]}], ["slurm.gpus_per_node: received 'many'"]),
@@ -190,6 +191,22 @@ def test_base_without_a_name_takes_that_of_the_grid() -> None:
     search.add_grid(grid_of({"seed": [1]}, "learning rates"))
     search.set_naming_strategy(NamingStrategy.SEQUENTIAL)
     assert [experiment.experiment_name for experiment in search.generate_experiments()] == ["learning_rates_0000"]
+
+
+@pytest.mark.parametrize(("base", "name"), [("my sweep/1", "my_sweep_1_0000"), (2026, "2026_0000")])
+def test_base_name_is_brought_into_the_set_of_legal_names(base: object, name: str) -> None:
+    search = ParameterGridSearch(base_config(experiment_name=base))
+    search.add_grid(grid_of({"seed": [1]}))
+    search.set_naming_strategy(NamingStrategy.SEQUENTIAL)
+    assert [experiment.experiment_name for experiment in search.generate_experiments()] == [name]
+
+
+@pytest.mark.parametrize("base", [None, True, ["run"]])
+def test_base_name_that_is_no_text_is_an_error(base: object) -> None:
+    search = ParameterGridSearch(base_config(experiment_name=base))
+    search.add_grid(grid_of({"seed": [1]}))
+    (text,) = problems_of(search)
+    assert text.startswith("experiment_name: received")
 
 
 def test_grid_file_round_trip(tmp_path: Path) -> None:
