@@ -15,7 +15,20 @@ from pathlib import Path
 from tests.arch.repository import SOURCE_FOLDERS
 
 GOLDEN = Path(__file__).with_name("public_api.txt")
-MODULES = ["mb_torch", "modelbatch", "modelbatch.core", "modelbatch.data", "modelbatch.optimizer", "torchmb"]
+MODULES = [
+    "mb_torch",
+    "modelbatch",
+    "modelbatch.core",
+    "modelbatch.data",
+    "modelbatch.optimizer",
+    "torchmb",
+    "trainers.config",
+    "trainers.utils",
+    "model_training_framework",
+    "model_training_framework.config",
+    "model_training_framework.trainer",
+    "model_training_framework.utils",
+]
 
 
 def render(modules: list[str]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE_FOLDERS = [ROOT, ROOT / "compat"]
-PACKAGES = ["mb_torch", "mb_jax", "bridge", "cli", "modelbatch", "torchmb"]
+PACKAGES = ["mb_torch", "mb_jax", "bridge", "trainers", "cli", "modelbatch", "torchmb", "model_training_framework"]
 _BUILT = re.compile(r"(^|/)(\.(?!ci/|github/|gitignore$)|__pycache__/|build/|dist/|[^/]+\.egg-info/)")
 
 

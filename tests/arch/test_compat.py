@@ -10,7 +10,8 @@ import pytest
 
 from mb_torch._distributions import refuse_second_owner
 
-PACKAGES = ["modelbatch", "torchmb"]
+PACKAGES = ["modelbatch", "torchmb", "model_training_framework"]
+FRONT_END_PACKAGES = ["modelbatch", "torchmb"]
 
 
 def install_fake(folder: Path, name: str) -> None:
@@ -49,10 +50,31 @@ def test_similar_names_are_no_owners(neighbour: str, tmp_path: Path, monkeypatch
         refuse_second_owner(package)
 
 
-@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("package", FRONT_END_PACKAGES)
 def test_names_are_the_front_ends(package: str) -> None:
     import mb_torch
 
     loaded = importlib.import_module(package)
     for name in set(loaded.__all__) - {"__version__"}:
         assert getattr(loaded, name) is getattr(mb_torch, name)
+
+
+@pytest.mark.parametrize("submodule", ["config", "utils"])
+def test_names_are_the_trainers(submodule: str) -> None:
+    loaded = importlib.import_module(f"model_training_framework.{submodule}")
+    ours = importlib.import_module(f"trainers.{submodule}")
+    for name in loaded.__all__:
+        assert getattr(loaded, name) is getattr(ours, name)
+
+
+def test_configurations_and_trainer_share_their_classes() -> None:
+    """One class for one thing: what `config` hands out is what `trainer` accepts."""
+    import model_training_framework
+    import model_training_framework.config
+    import model_training_framework.trainer
+    import trainers.settings
+    from trainers.config import CheckpointConfig
+
+    assert model_training_framework.config.CheckpointConfig is CheckpointConfig
+    assert model_training_framework.trainer.GenericTrainerConfig is trainers.settings.GenericTrainerConfig
+    assert model_training_framework.ParameterGrid is model_training_framework.config.ParameterGrid

@@ -65,12 +65,20 @@ def test_import_contracts_hold() -> None:
         ("bridge/trace.py", "import mb_jax.rng", "the bridge knows nothing of model batches"),
         ("bridge/translators.py", "import bridge.via_graph", "translators are loaded by name"),
         ("cli/main.py", "import mb_jax.engine", "nobody imports the xla backend"),
+        ("cli/main.py", "import model_training_framework.utils", "nothing imports the compatibility packages"),
+        ("mb_torch/core.py", "import trainers", "mb_torch stands alone"),
+        ("trainers/metrics.py", "import mb_torch.state", "only the public names of mb_torch"),
+        ("trainers/metrics.py", "import mb_jax.engine", "trainers know the front-end only"),
+        ("trainers/metrics.py", "import slurm.executor", "trainers know the front-end only"),
+        ("trainers/config/grid.py", "import torch", "configurations and grid searches work without torch"),
+        ("trainers/executors.py", "import mb_torch", "configurations and grid searches work without torch"),
+        ("trainers/framework.py", "import trainers.local_executor", "executors are loaded by registered name"),
         ("compat/torchmb/__init__.py", "import modelbatch", "nothing imports the compatibility packages"),
     ],
 )
 def test_import_contracts_catch(tmp_path: Path, importer: str, line: str, contract: str) -> None:
     """Each contract fails on the import it is there for, shown on a copy that has nothing but imports."""
-    folders = ("mb_torch", "mb_jax", "bridge", "cli", "compat")
+    folders = ("mb_torch", "mb_jax", "bridge", "trainers", "cli", "compat")
     for path in [path for folder in folders for path in ROOT.glob(f"{folder}/**/*.py")]:
         copy = tmp_path / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -103,9 +111,29 @@ def test_foreign_imports_are_seen_inside_functions() -> None:
     }
 
 
-def test_import_loads_nothing_optional() -> None:
-    code = f"import sys, mb_torch, modelbatch, torchmb; print([n for n in {LAZY!r} if n in sys.modules])"
+@pytest.mark.parametrize(
+    ("imported", "lazy"),
+    [
+        ("mb_torch, modelbatch, torchmb", LAZY),
+        ("trainers", [*LAZY, "torch"]),
+        ("trainers.config", ["torch", "jax", "flax", "optax"]),
+        ("trainers.utils", [*LAZY, "torch"]),
+        ("trainers.framework, trainers.local_executor, trainers.dry_run_executor", ["torch", "jax", "slurm"]),
+        ("trainers.generic", [*LAZY, "yaml", "torchdata"]),
+    ],
+)
+def test_import_loads_nothing_optional(imported: str, lazy: list[str]) -> None:
+    code = f"import sys, {imported}; print([n for n in {lazy!r} if n in sys.modules])"
     assert run_python(code).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("package", ["omegaconf", "yaml"])
+@pytest.mark.parametrize("imported", ["ConfigurationManager", "ParameterGridSearch", "create_experiment_config"])
+def test_missing_package_of_configurations_names_the_extra(imported: str, package: str) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None; from trainers.config import {imported}"
+    finished = run_python(code, check=False)
+    assert finished.returncode == 1
+    assert f"needs the package {package}. Run: pip install 'modelbatch-hybrid[config]'" in finished.stderr
 
 
 def test_loaded_modules_are_seen() -> None:

@@ -21,7 +21,7 @@ from mb_torch import __version__
 from tests.arch.repository import PACKAGES, ROOT
 
 INFO = f"modelbatch_hybrid-{__version__}.dist-info"
-EXTRAS = {"jax", "slurm", "vision", "tracking", "demo", "dev"}
+EXTRAS = {"jax", "config", "train", "slurm", "vision", "tracking", "demo", "dev"}
 # Imports every module of the packages, reads every public name, and tells where each module came from.
 IMPORT_EVERYTHING = """
 import importlib, json, pkgutil, sys

@@ -1,0 +1,389 @@
+"""Executors: found by name, local child processes, dry runs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.arch.repository import ROOT
+from tests.experiments import base_config, make_project
+from trainers import executors
+from trainers.config import ConfigurationError, ConfigurationManager, create_experiment_config
+from trainers.dry_run_executor import DryRunExecutor
+from trainers.executors import Job, MissingExecutor, MissingScript, Outcome, Plan
+from trainers.grid_folder import GridFolder
+from trainers.local_executor import GRACE_SECONDS, LocalExecutor
+
+MakePlan = Callable[..., Plan]
+
+
+@pytest.fixture
+def make_plan(tmp_path: Path) -> MakePlan:
+    def make(script: str, names: str = "a b", folder: str = "project", **settings: Any) -> Plan:
+        root = make_project(tmp_path / folder, script)
+        output = root / "experiments" / "out"
+        jobs = []
+        for index, name in enumerate(names.split()):
+            config = create_experiment_config(base_config(experiment_name=name))
+            jobs.append(Job(index, name, config, output / name))
+            jobs[-1].folder.mkdir(parents=True)
+            jobs[-1].config_path.write_text("seed: 1\n")
+        return Plan(tuple(jobs), root / "scripts" / "train.py", root, output, **settings)
+
+    return make
+
+
+def run_local(plan: Plan) -> list[Outcome]:
+    executor = LocalExecutor()
+    executor.check(plan)
+    return sorted(executor.run(plan), key=lambda outcome: outcome.job.index)
+
+
+def record(job: Job) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(job.record_path.read_text())
+    return content
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.01)
+
+
+def is_alive(process: int) -> bool:
+    """Whether a process runs; one that has ended and is not yet collected does not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("folder", ["project", "with space; $(touch oops) 'é\"&"])
+def test_each_child_gets_its_arguments_without_a_shell(make_plan: MakePlan, folder: str) -> None:
+    plan = make_plan(
+        "import json, os\nprint('out'); print('err', file=sys.stderr)\n"
+        "(folder / 'seen.json').write_text(json.dumps([options, os.getcwd()]))",
+        folder=folder,
+    )
+    assert [(outcome.job_id, outcome.error) for outcome in run_local(plan)] == [("local-0", None), ("local-1", None)]
+    for job in plan.jobs:
+        options, directory = json.loads((job.folder / "seen.json").read_text())
+        assert options == {
+            "--config": str(job.config_path),
+            "--experiment-name": job.name,
+            "--output-dir": str(job.folder),
+        }
+        assert directory == str(plan.project_root)
+        assert (job.folder / f"local-{job.index}.out").read_text() == "out\n"
+        assert (job.folder / f"local-{job.index}.err").read_text() == "err\n"
+        expected = {"executor": "local", "job_id": f"local-{job.index}", "state": "COMPLETED", "exit_code": 0}
+        assert record(job).items() >= {**expected, "config_hash": job.config_hash()}.items()
+    assert not list(plan.project_root.parent.rglob("oops*"))
+
+
+def test_a_failing_child_is_recorded_and_the_others_go_on(
+    make_plan: MakePlan, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = make_plan(
+        "import os\nname = options['--experiment-name']\n"
+        "if name == 'bad': print('first', file=sys.stderr); raise SystemExit('no data\\n')\n"
+        "if name == 'code': sys.exit(7)\n"
+        "if name == 'killed': os.kill(os.getpid(), 9)",
+        names="bad good code killed last",
+    )
+    with caplog.at_level(logging.INFO, "trainers"):
+        bad, good, code, killed, last = run_local(plan)
+    assert (good.job_id, last.job_id) == ("local-1", "local-4")
+    assert bad.job_id is code.job_id is killed.job_id is None
+    assert bad.error is not None
+    assert bad.error.startswith("exit code 1; output in ")
+    assert bad.error.endswith("last line: no data")
+    assert "exit code 7" in str(code.error)
+    assert "killed by SIGKILL" in str(killed.error)
+    assert [record(job)["exit_code"] for job in plan.jobs] == [1, 0, 7, -9, 0]
+    assert [record(job)["state"] for job in plan.jobs] == ["FAILED", "COMPLETED", "FAILED", "FAILED", "COMPLETED"]
+    assert len(caplog.messages) == 5
+    assert caplog.messages[0].startswith("1 of 5: bad failed: exit code 1")
+    assert caplog.messages[-1] == "5 of 5: last is complete"
+    folders = [job.folder for job in plan.jobs]
+    assert LocalExecutor().settled(folders) == executors.settled_folders(folders) == {folders[1], folders[4]}
+
+
+ALONE = """
+import os, time
+marker = folder.parent / "somebody-runs"
+os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+time.sleep(0.05)
+marker.unlink()
+"""
+# Each waits until so many others run: it ends only if they run at the same time.
+TOGETHER = """
+import time
+(folder.parent / f"started-{folder.name}").touch()
+while len(list(folder.parent.glob("started-*"))) < 2:
+    time.sleep(0.01)
+"""
+
+
+def test_one_at_a_time_by_default(make_plan: MakePlan) -> None:
+    assert [outcome.error for outcome in run_local(make_plan(ALONE, "a b c"))] == [None] * 3
+
+
+def test_more_at_a_time_on_request_and_no_more_than_that(make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once: list[int] = []
+    running: list[subprocess.Popen[bytes]] = []
+    start = subprocess.Popen
+
+    def counted(*arguments: Any, **keywords: Any) -> subprocess.Popen[bytes]:
+        running.append(start(*arguments, **keywords))
+        at_once.append(sum(process.returncode is None for process in running))
+        return running[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", counted)
+    plan = make_plan(TOGETHER, "a b c d", max_concurrent_jobs=2)
+    assert [outcome.error for outcome in run_local(plan)] == [None] * 4
+    assert max(at_once) == 2
+
+
+def test_a_child_that_cannot_be_started_is_a_failure_of_its_own(
+    make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan("")
+    monkeypatch.setattr(
+        Plan, "command", lambda self, job: ["no-such-program"] if job.name == "a" else [sys.executable, "-c", ""]
+    )
+    first, second = run_local(plan)
+    assert "could not be started" in str(first.error)
+    assert second.job_id == "local-1"
+
+
+def test_output_of_an_earlier_run_is_kept(make_plan: MakePlan) -> None:
+    plan = make_plan("print('again')", "a")
+    run_local(plan)
+    run_local(plan)
+    assert (plan.jobs[0].folder / "local-0.out").read_text() == "again\nagain\n"
+
+
+def test_nothing_is_drawn_without_a_terminal(make_plan: MakePlan, capsys: pytest.CaptureFixture[str]) -> None:
+    run_local(make_plan("print('loud')"))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_missing_script_is_one_error_before_the_start(make_plan: MakePlan) -> None:
+    plan = make_plan("")
+    gone = replace(plan, script_path=plan.script_path.with_name("gone.py"))
+    with pytest.raises(FileNotFoundError, match=r"script_path: received .*gone\.py, which does not exist"):
+        LocalExecutor().check(gone)
+    assert issubclass(MissingScript, ConfigurationError)
+
+
+def test_closing_early_ends_the_children(make_plan: MakePlan) -> None:
+    plan = make_plan("import time\nif folder.name != 'a': time.sleep(60)", "a b c", max_concurrent_jobs=2)
+    running = LocalExecutor().run(plan)
+    assert next(running).job.name == "a"
+    running.close()
+    assert record(plan.jobs[1])["state"] == "CANCELLED"
+    assert record(plan.jobs[1])["exit_code"] == -signal.SIGTERM
+    assert not plan.jobs[2].record_path.exists()
+
+
+def test_a_child_that_was_complete_when_the_others_were_ended_stays_complete(make_plan: MakePlan) -> None:
+    plan = make_plan(
+        "import os, time\n(folder / 'pid').write_text(str(os.getpid()))\n"
+        "while folder.name == 'b' and not (folder / 'go').exists(): time.sleep(0.01)",
+        max_concurrent_jobs=2,
+    )
+    running = LocalExecutor().run(plan)
+    assert next(running).job.name == "a"
+    second = plan.jobs[1].folder
+    wait_for(lambda: (second / "pid").exists() and (second / "pid").read_text() != "")
+    (second / "go").touch()
+    wait_for(lambda: not is_alive(int((second / "pid").read_text())))
+    running.close()
+    assert record(plan.jobs[1])["state"] == "COMPLETED"
+
+
+INTERRUPTED = """
+import sys
+from pathlib import Path
+from tests.experiments import base_config, grid_of
+from trainers.config import ExecutionMode
+from trainers.framework import ModelTrainingFramework
+ModelTrainingFramework(sys.argv[1]).run_grid_search(
+    [grid_of({"seed": [1, 2, 3]})], base_config(), execution_mode=ExecutionMode.LOCAL, max_concurrent_jobs=2,
+    output_dir=Path(sys.argv[1]) / "out",
+)
+"""
+# One child with a child of its own; deaf to SIGTERM where the test wants it.
+SLEEPING = """
+import os, signal, subprocess, time
+if {deaf}: signal.signal(signal.SIGTERM, signal.SIG_IGN)
+own = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+(folder / "pids.tmp").write_text(f"{{os.getpid()}} {{own.pid}}")
+(folder / "pids.tmp").rename(folder / "pids")
+time.sleep(60)
+"""
+
+
+@contextmanager
+def started_search(root: Path) -> Iterator[tuple[subprocess.Popen[bytes], list[int]]]:
+    """A grid search in a process of its own, when two experiments run, and the processes below it."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "compat")])
+    command = [sys.executable, "-c", INTERRUPTED, str(root)]
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE) as parent:
+        wait_for(lambda: parent.poll() is not None or len(list((root / "out").glob("*/pids"))) == 2)
+        children = [int(pid) for file in (root / "out").glob("*/pids") for pid in file.read_text().split()]
+        try:
+            assert len(children) == 4
+            assert all(is_alive(child) for child in children)
+            yield parent, children
+        finally:
+            for process in [parent.pid, *children]:
+                if is_alive(process):
+                    os.kill(process, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("signals", "deaf", "exit_code"),
+    [
+        ([signal.SIGINT], False, -signal.SIGINT),
+        ([signal.SIGTERM], False, 128 + signal.SIGTERM),
+        ([signal.SIGINT, signal.SIGINT], True, -signal.SIGINT),
+    ],
+)
+def test_interrupting_ends_the_children(tmp_path: Path, signals: list[int], deaf: bool, exit_code: int) -> None:
+    root = make_project(tmp_path / "project", SLEEPING.format(deaf=deaf))
+    with started_search(root) as (parent, children):
+        for number in signals:
+            parent.send_signal(number)
+            time.sleep(0.2)
+        _, errors = parent.communicate(timeout=GRACE_SECONDS / 2)
+        wait_for(lambda: not any(is_alive(child) for child in children))
+    assert parent.returncode == exit_code, errors.decode()
+    records = [json.loads(file.read_text()) for file in (root / "out").glob("*/job.json")]
+    assert [record["state"] for record in records] == ["CANCELLED"] * 2
+    summary = json.loads((root / "out" / "execution_summary.json").read_text())
+    assert summary["total_experiments"] == summary["failed_submissions"] == 3
+    assert set(summary["failures"].values()) == {"not complete: the run was interrupted"}
+
+
+def test_children_that_outlive_the_search_hold_its_folder(tmp_path: Path) -> None:
+    root = make_project(tmp_path / "project", SLEEPING.format(deaf=False))
+    with started_search(root) as (parent, children):
+        parent.kill()
+        parent.wait()
+        assert all(is_alive(child) for child in children)
+        folder = GridFolder(root / "out", ConfigurationManager(root))
+        with pytest.raises(ConfigurationError, match="experiments that outlived theirs"), folder.lock():
+            pytest.fail("held twice")
+    wait_for(lambda: not any(is_alive(child) for child in children))
+    with folder.lock():
+        assert executors.settled_folders(list((root / "out").glob("*/"))) == set()
+
+
+def test_handlers_of_others_are_left_alone(make_plan: MakePlan) -> None:
+    def handler(number: int, frame: types.FrameType | None) -> None:
+        pass
+
+    former = signal.signal(signal.SIGTERM, handler)
+    interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        running = LocalExecutor().run(make_plan(""))
+        next(running)
+        assert signal.getsignal(signal.SIGTERM) is handler
+        assert signal.getsignal(signal.SIGINT) is not interrupt
+        running.close()
+        assert signal.getsignal(signal.SIGTERM) is handler
+        assert signal.getsignal(signal.SIGINT) is interrupt
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def test_dry_run_writes_commands_and_starts_nothing(
+    make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = make_plan("", folder="with space; $(touch oops) 'é")
+    monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **keywords: pytest.fail("a process was started"))
+    executor = DryRunExecutor()
+    executor.check(plan)
+    assert caplog.messages == []
+    assert [outcome.job_id for outcome in executor.run(plan)] == ["DRY_RUN", "DRY_RUN"]
+    lines = (plan.output_dir / "commands.txt").read_text(encoding="utf-8").splitlines()
+    assert [shlex.split(line) for line in lines] == [plan.command(job) for job in plan.jobs]
+    assert not any(job.record_path.exists() for job in plan.jobs)
+    executor.check(replace(plan, script_path=plan.script_path.with_name("gone.py")))
+    assert "gone.py does not exist" in caplog.text
+
+
+def slurm_module(monkeypatch: pytest.MonkeyPatch, **attributes: Any) -> None:
+    """Stands for the package with the Slurm executor."""
+    package, module = types.ModuleType("slurm"), types.ModuleType("slurm.executor")
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    monkeypatch.setitem(sys.modules, "slurm", package)
+    monkeypatch.setitem(sys.modules, "slurm.executor", module)
+
+
+def test_dry_run_writes_job_scripts_where_there_are_any(make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[Plan] = []
+    slurm_module(monkeypatch, write_job_scripts=plans.append)
+    plan = make_plan("")
+    assert len(list(DryRunExecutor().run(plan))) == 2
+    assert plans == [plan]
+
+
+def test_executors_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert executors.available_executors() == ["dry_run", "local", "slurm"]
+    assert isinstance(executors.create_executor("local"), LocalExecutor)
+    slurm_module(monkeypatch, SlurmExecutor=lambda: "the executor", create_launcher=lambda *given: given)
+    assert executors.create_executor("slurm") == "the executor"
+    assert executors.create_launcher("slurm", Path("root"), None) == (Path("root"), None)
+    with pytest.raises(ConfigurationError, match=r"received 'lsf'; expected one of \['dry_run', 'local', 'slurm'\]"):
+        executors.create_executor("lsf")
+    monkeypatch.setattr(executors, "_EXECUTORS", dict(executors._EXECUTORS))
+    executors.register_executor("lsf", "trainers.local_executor:LocalExecutor")
+    assert isinstance(executors.create_executor("lsf"), LocalExecutor)
+    with pytest.raises(ConfigurationError, match=r"received 'somewhere'; expected 'package\.module:attribute'"):
+        executors.register_executor("lsf", "somewhere")
+
+
+def test_missing_executor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(executors._EXECUTORS, "slurm", "no_such_package.executor:SlurmExecutor")
+    with pytest.raises(ImportError, match=r"No module named 'no_such_package'.*\['dry_run', 'local'\]") as raised:
+        executors.create_executor("slurm")
+    assert isinstance(raised.value, MissingExecutor)
+    slurm_module(monkeypatch)
+    monkeypatch.setitem(executors._EXECUTORS, "slurm", "slurm.executor:SlurmExecutor")
+    with pytest.raises(MissingExecutor, match="has no attribute 'SlurmExecutor'.*use another execution mode"):
+        executors.create_executor("slurm")
+
+
+def test_missing_dependency_of_an_executor_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cluster_for_tests.py").write_text("import no_such_dependency\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(executors._EXECUTORS, "slurm", "cluster_for_tests:Executor")
+    with pytest.raises(MissingExecutor, match=r"'no_such_dependency'.*pip install 'modelbatch-hybrid\[slurm\]'"):
+        executors.create_executor("slurm")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"executor": 3}'])
+def test_damaged_record_is_an_error(tmp_path: Path, text: str) -> None:
+    assert executors.read_record(tmp_path) is None
+    (tmp_path / "job.json").write_text(text)
+    with pytest.raises(ConfigurationError, match=r"job\.json.*Remove"):
+        executors.settled_folders([tmp_path])

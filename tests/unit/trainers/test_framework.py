@@ -1,0 +1,418 @@
+"""The framework: grid searches in every mode, what they write, and that nothing is written when something is wrong."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import json
+import logging
+import subprocess
+import sys
+import types
+from collections.abc import Generator, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.experiments import base_config, grid_of, make_project
+from trainers import executors, framework
+from trainers.config import (
+    ConfigurationError,
+    ConfigurationManager,
+    ExecutionMode,
+    NamingStrategy,
+    ParameterGrid,
+    ParameterGridSearch,
+    ValidationError,
+    create_experiment_config,
+)
+from trainers.config.results import GridSearchConfig, GridSearchResult
+from trainers.executors import Outcome, Plan
+from trainers.framework import ModelTrainingFramework
+from trainers.grid_folder import GridFolder
+
+LOCAL, SLURM, DRY_RUN = ExecutionMode.LOCAL, ExecutionMode.SLURM, ExecutionMode.DRY_RUN
+# Fails for seed 2, unless it may succeed.
+FAILING = """
+if "seed: 2" in pathlib.Path(options["--config"]).read_text() and not (folder.parent / "repaired").exists():
+    sys.exit("no luck")
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> ModelTrainingFramework:
+    return ModelTrainingFramework(make_project(tmp_path / "project", FAILING))
+
+
+def seeds(*values: int) -> ParameterGrid:
+    return grid_of({"seed": values}, "seeds")
+
+
+class SubmittingExecutor:
+    """Stands for an executor of a batch system: submits every experiment but the second."""
+
+    plans: list[Plan]
+
+    def check(self, plan: Plan) -> None:
+        pass
+
+    def run(self, plan: Plan) -> Generator[Outcome]:
+        self.plans.append(plan)
+        for job in reversed(plan.jobs):
+            yield Outcome(job, error="refused") if job.index == 1 else Outcome(job, job_id=f"12_{job.index}")
+
+    def settled(self, folders: Any) -> set[Path]:
+        return set(folders)
+
+
+@pytest.fixture
+def submitted(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
+    plans: list[Plan] = []
+    monkeypatch.setattr(SubmittingExecutor, "plans", plans, raising=False)
+    module = types.ModuleType("slurm.executor")
+    monkeypatch.setattr(module, "SlurmExecutor", SubmittingExecutor, raising=False)
+    monkeypatch.setitem(sys.modules, "slurm", types.ModuleType("slurm"))
+    monkeypatch.setitem(sys.modules, "slurm.executor", module)
+    return plans
+
+
+def set_clock(monkeypatch: pytest.MonkeyPatch, days: Iterator[int]) -> None:
+    """Every look at the clock shows one of these days of a month, always at the same time of day."""
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
+            return datetime(2026, 1, next(days), 12, 5, 9)
+
+    monkeypatch.setattr(framework, "datetime", Clock)
+
+
+def files_below(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_dry_run(project: ModelTrainingFramework, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **keywords: pytest.fail("a process was started"))
+    out = project.project_root / "out"
+    grids = [seeds(1, 2), grid_of({"optimizer.lr": [0.5]}, "rates")]
+    result = project.run_grid_search(grids, base_config(), execution_mode=DRY_RUN, output_dir=out)
+    assert result.total_experiments == len(result.generated_experiments) == 3
+    assert result.submitted_jobs == ["DRY_RUN"] * 3
+    assert (result.failed_submissions, result.success_rate, result.output_directory) == ([], 1.0, out)
+    assert result.execution_time > 0
+    names = [config.experiment_name for config in result.generated_experiments]
+    assert files_below(out) == sorted(
+        [
+            ".lock",
+            "commands.txt",
+            "execution_summary.json",
+            "grid_config.json",
+            *(f"{name}/config.yaml" for name in names),
+        ]
+    )
+    manager = project.get_config_manager()
+    for config in result.generated_experiments:
+        loaded = manager.load_config(out / config.experiment_name / "config.yaml")
+        assert create_experiment_config(loaded) == config
+    again = ParameterGridSearch.load_grid_config(out / "grid_config.json")
+    assert list(again.generate_experiments()) == result.generated_experiments
+    assert again.base_config == base_config()
+    assert result.grid_config.parameter_grids[0] is grids[0]
+    assert result.grid_config.execution_mode is DRY_RUN
+    summary = json.loads((out / "execution_summary.json").read_text())
+    assert summary.items() >= {**result.get_summary(), "execution_mode": "dry_run", "failures": {}}.items()
+    assert summary["experiments"] == names
+    assert summary["grid_name"] == "seeds+rates"
+
+
+def test_local(project: ModelTrainingFramework, caplog: pytest.LogCaptureFixture) -> None:
+    out = project.project_root / "out"
+    with caplog.at_level(logging.INFO):
+        result = project.run_grid_search([seeds(1, 2, 3)], base_config(), execution_mode=LOCAL, output_dir=out)
+    assert result.submitted_jobs == ["local-0", "local-2"]
+    ((name, error),) = result.failed_submissions
+    assert name == result.generated_experiments[1].experiment_name
+    assert error.startswith("exit code 1")
+    assert "no luck" in error
+    assert result.success_rate == pytest.approx(2 / 3)
+    assert json.loads((out / name / "job.json").read_text())["exit_code"] == 1
+    assert json.loads((out / "execution_summary.json").read_text())["failures"] == {name: error}
+
+
+def test_slurm(project: ModelTrainingFramework, submitted: list[Plan]) -> None:
+    out = project.project_root / "out"
+    result = project.run_grid_search([seeds(1, 2, 3)], base_config(), output_dir=out, max_concurrent_jobs=2)
+    assert result.grid_config.execution_mode is SLURM
+    assert result.submitted_jobs == ["12_0", "12_2"]
+    assert result.failed_submissions == [(result.generated_experiments[1].experiment_name, "refused")]
+    (plan,) = submitted
+    assert plan.max_concurrent_jobs == result.grid_config.max_concurrent_jobs == 2
+    assert [job.config for job in plan.jobs] == result.generated_experiments
+    assert all(job.config_path.is_absolute() and job.config_path.is_file() for job in plan.jobs)
+    assert (plan.project_root, plan.script_path) == (
+        project.project_root,
+        project.project_root / "scripts" / "train.py",
+    )
+
+
+def test_nothing_is_dropped(
+    project: ModelTrainingFramework, submitted: list[Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = SubmittingExecutor.run
+    monkeypatch.setattr(SubmittingExecutor, "run", lambda self, plan: (o for o in run(self, plan) if o.job.index))
+    result = project.run_grid_search([seeds(1, 2, 3)], base_config())
+    assert len(result.submitted_jobs) + len(result.failed_submissions) == result.total_experiments == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"parameter_grids": [grid_of({"model.hiden_size": [1]})]}, "model.hiden_size"),
+        ({"parameter_grids": [grid_of({"model.hidden_size": [8, -1]})]}, "model.hidden_size: received -1"),
+        ({"parameter_grids": []}, "received 0 grids"),
+        ({"base_config": None}, "received neither of base_config and base_config_path"),
+        ({"base_config_path": "base.yaml"}, "received both of base_config and base_config_path"),
+        ({"base_config": 3}, "base_config: received a int"),
+        ({"base_config": "gone.yaml"}, "gone.yaml"),
+        ({"execution_mode": "local"}, "execution_mode: received 'local'; expected one of ExecutionMode.LOCAL"),
+        ({"max_concurrent_jobs": 0}, "max_concurrent_jobs: received 0"),
+        ({"max_concurrent_jobs": True}, "max_concurrent_jobs: received True"),
+        ({"script_path": "scripts/gone.py"}, "gone.py, which does not exist"),
+        ({"rerun_failed_only": True}, "there is no grid_config.json"),
+        ({"rerun_failed_only": True, "output_dir": None}, "rerun_failed_only: received no output_dir"),
+        ({"execution_mode": ExecutionMode.SLURM}, "executor 'slurm' needs"),
+    ],
+)
+def test_nothing_is_written_when_something_is_wrong(
+    project: ModelTrainingFramework, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], expected: str
+) -> None:
+    monkeypatch.setitem(executors._EXECUTORS, "slurm", "no_such_package.executor:SlurmExecutor")
+    before = sorted(project.project_root.rglob("*"))
+    arguments = {
+        "parameter_grids": [seeds(1)],
+        "base_config": base_config(),
+        "execution_mode": LOCAL,
+        "output_dir": project.project_root / "out",
+    }
+    with pytest.raises(ConfigurationError) as raised:
+        project.run_grid_search(**{**arguments, **changes})
+    assert expected in str(raised.value)
+    assert sorted(project.project_root.rglob("*")) == before
+
+
+def test_all_invalid_experiments_are_reported(project: ModelTrainingFramework) -> None:
+    with pytest.raises(ValidationError) as raised:
+        project.run_grid_search([grid_of({"training.epochs": [0, 1], "model.dropout": [2.0]})], base_config())
+    assert len(raised.value.problems) == 2
+
+
+def test_base_from_a_file_is_resolved_for_each_experiment(project: ModelTrainingFramework) -> None:
+    text = "\n".join(
+        [
+            "experiment_name: sweep",
+            "model: {type: mlp}",
+            "training: {learning_rate: 0.5}",
+            "data: {dataset_name: digits}",
+            "optimizer: {}",
+            "checkpoint: {checkpoint_dir: 'runs/${experiment_name}'}",
+            "description: 'seed ${seed} at ${training.learning_rate}'",
+            "seed: 0",
+        ]
+    )
+    (project.project_root / "configs" / "base.yaml").write_text(text)
+    grid = grid_of({"seed": [1, 2], "training.learning_rate": [0.25], "tags": [["${literal}"]]})
+    for arguments in ({"base_config_path": "base.yaml"}, {"base_config": Path("base")}):
+        result = project.run_grid_search([grid], **arguments, execution_mode=DRY_RUN)  # type: ignore[arg-type]
+        for config, seed in zip(result.generated_experiments, [1, 2], strict=True):
+            assert config.checkpoint.checkpoint_dir == f"runs/{config.experiment_name}"
+            assert config.description == f"seed {seed} at 0.25"
+            assert config.optimizer.learning_rate == 0.25
+            assert config.tags == ["${literal}"]
+            assert result.output_directory is not None
+            saved = result.output_directory / config.experiment_name / "config.yaml"
+            assert create_experiment_config(project.get_config_manager().load_config(saved)) == config
+        assert result.grid_config.base_config["checkpoint"] == {"checkpoint_dir": "runs/sweep"}
+
+
+def test_default_output_folders_differ(project: ModelTrainingFramework, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_clock(monkeypatch, itertools.repeat(31))
+    names = [
+        project.run_grid_search([seeds(1)], base_config(), execution_mode=DRY_RUN).output_directory for _ in range(3)
+    ]
+    first = project.project_root / "experiments" / "grid_search_20260131_120509"
+    assert names == [first, first.with_name(f"{first.name}_2"), first.with_name(f"{first.name}_3")]
+
+
+def test_arguments_are_not_changed(project: ModelTrainingFramework) -> None:
+    grid, base = grid_of({"model.custom_params.depth": [{"a": [1]}, {"a": [2]}]}), base_config()
+    before = copy.deepcopy((grid, base))
+    result = project.run_grid_search([grid], base, execution_mode=DRY_RUN)
+    result.generated_experiments[0].model.custom_params["depth"]["a"].append(3)
+    result.grid_config.base_config["model"].clear()
+    assert (grid, base) == before
+
+
+@pytest.mark.parametrize("strategy", list(NamingStrategy))
+def test_rerun_of_what_failed(
+    project: ModelTrainingFramework, strategy: NamingStrategy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_clock(monkeypatch, itertools.count(1))
+
+    def run(grid: ParameterGrid, **extra: Any) -> GridSearchResult:
+        return project.run_grid_search([grid], base_config(), None, LOCAL, out, naming_strategy=strategy, **extra)
+
+    out = project.project_root / "out"
+    first = run(seeds(1, 2))
+    failed = first.failed_submissions[0][0]
+    assert [name for name, _ in run(seeds(1, 2), rerun_failed_only=True).failed_submissions] == [failed]
+    (out / "repaired").touch()
+    second = run(seeds(1, 2), rerun_failed_only=True)
+    assert [config.experiment_name for config in second.generated_experiments] == [failed]
+    assert (second.total_experiments, second.submitted_jobs, second.failed_submissions) == (1, ["local-1"], [])
+    assert (out / failed / "local-1.err").read_text() == "no luck\n" * 2
+    # What is missing runs as well, and then there is nothing to do.
+    third = run(seeds(1, 2, 3), rerun_failed_only=True)
+    assert [config.seed for config in third.generated_experiments] == [3]
+    nothing = run(seeds(1, 2, 3), rerun_failed_only=True)
+    assert (nothing.total_experiments, nothing.submitted_jobs, nothing.success_rate) == (0, [], 1.0)
+    assert len([path for path in out.iterdir() if path.is_dir()]) == 3
+
+
+def test_rerun_under_other_names_is_refused(project: ModelTrainingFramework) -> None:
+    out = project.project_root / "out"
+    project.run_grid_search([seeds(1)], base_config(), execution_mode=LOCAL, output_dir=out)
+    with pytest.raises(ConfigurationError, match="naming_strategy: received 'sequential'; expected 'hash_based'"):
+        project.run_grid_search(
+            [seeds(1)],
+            base_config(),
+            execution_mode=LOCAL,
+            output_dir=out,
+            naming_strategy=NamingStrategy.SEQUENTIAL,
+            rerun_failed_only=True,
+        )
+
+
+def test_rerun_asks_the_executor_that_ran_it(project: ModelTrainingFramework, submitted: list[Plan]) -> None:
+    out = project.project_root / "out"
+    result = project.run_grid_search([seeds(1, 3)], base_config(), execution_mode=DRY_RUN, output_dir=out)
+    at_work = out / result.generated_experiments[0].experiment_name
+    (at_work / "job.json").write_text('{"executor": "slurm", "job_ids": ["12"]}')
+    again = project.run_grid_search(
+        [seeds(1, 3)], base_config(), execution_mode=LOCAL, output_dir=out, rerun_failed_only=True
+    )
+    assert [config.seed for config in again.generated_experiments] == [3]
+
+
+def test_results_of_another_configuration_are_not_overwritten(project: ModelTrainingFramework) -> None:
+    out = project.project_root / "out"
+
+    def run(mode: ExecutionMode, **changes: Any) -> GridSearchResult:
+        return project.run_grid_search([seeds(1)], base_config(**changes), execution_mode=mode, output_dir=out)
+
+    run(DRY_RUN, version="2.0")
+    result = run(DRY_RUN)  # a dry run has no results
+    run(LOCAL)
+    assert run(LOCAL).submitted_jobs == ["local-0"]
+    path = out / result.generated_experiments[0].experiment_name / "config.yaml"
+    before = path.read_bytes()
+    for mode in (LOCAL, DRY_RUN):
+        with pytest.raises(ConfigurationError, match="holds the results of another configuration"):
+            run(mode, version="2.0")
+    assert path.read_bytes() == before
+
+
+def test_a_folder_in_use_is_refused(project: ModelTrainingFramework) -> None:
+    out = project.project_root / "out"
+    with GridFolder(out, project.get_config_manager()).lock() as descriptor:
+        with pytest.raises(ConfigurationError, match="is in use by another grid search"):
+            project.run_grid_search([seeds(1)], base_config(), execution_mode=DRY_RUN, output_dir=out)
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[descriptor])
+    with pytest.raises(ConfigurationError, match="or by experiments that outlived theirs"):
+        project.run_grid_search([seeds(1)], base_config(), execution_mode=DRY_RUN, output_dir=out)
+    assert files_below(out) == [".lock"]
+    child.communicate(b"\n")
+    assert project.run_grid_search([seeds(1)], base_config(), execution_mode=DRY_RUN, output_dir=out).success_rate == 1
+
+
+def test_configuration_manager_is_the_projects(project: ModelTrainingFramework, tmp_path: Path) -> None:
+    manager = project.get_config_manager()
+    assert isinstance(manager, ConfigurationManager)
+    assert project.get_config_manager() is manager
+    assert manager.config_dir == project.project_root / "configs"
+    other = ModelTrainingFramework(str(project.project_root), config_dir=str(tmp_path / "elsewhere"))
+    assert other.get_config_manager().config_dir == tmp_path / "elsewhere"
+
+
+def test_slurm_launcher_is_found_by_name(project: ModelTrainingFramework, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(executors._LAUNCHERS, "slurm", "no_such_package.executor:create_launcher")
+    with pytest.raises(ConfigurationError, match="No module named 'no_such_package'"):
+        project.get_slurm_launcher()
+    module = types.ModuleType("launchers_for_tests")
+    monkeypatch.setattr(module, "create", lambda *given: given, raising=False)
+    monkeypatch.setitem(sys.modules, "launchers_for_tests", module)
+    monkeypatch.setitem(executors._LAUNCHERS, "slurm", "launchers_for_tests:create")
+    template = project.project_root / "my_template.sh"
+    template.touch()
+    named = ModelTrainingFramework(project.project_root, slurm_template_path="my_template.sh")
+    assert named.get_slurm_launcher() == (project.project_root, template)
+    assert project.get_slurm_launcher() == (project.project_root, None)
+
+
+def test_missing_project_and_template_are_errors_at_construction(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="project_root: received .*gone"):
+        ModelTrainingFramework(tmp_path / "gone")
+    with pytest.raises(ConfigurationError, match=r"slurm_template_path: received gone\.txt"):
+        ModelTrainingFramework(tmp_path, slurm_template_path="gone.txt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_signatures_are_the_documented_ones() -> None:
+    def parameters(function: Any) -> list[tuple[str, Any]]:
+        found = inspect.signature(function).parameters.values()
+        return [(p.name, p.default) for p in found if p.name != "self" and p.kind is p.POSITIONAL_OR_KEYWORD]
+
+    nothing = inspect.Parameter.empty
+    assert parameters(ModelTrainingFramework) == [
+        ("project_root", nothing),
+        ("config_dir", None),
+        ("slurm_template_path", None),
+    ]
+    assert parameters(ModelTrainingFramework.run_grid_search) == [
+        ("parameter_grids", nothing),
+        ("base_config", None),
+        ("base_config_path", None),
+        ("execution_mode", SLURM),
+        ("output_dir", None),
+        ("max_concurrent_jobs", None),
+    ]
+    assert parameters(ParameterGrid) == [("name", nothing), ("description", "")]
+    assert parameters(ParameterGridSearch) == [("base_config", nothing)]
+
+
+def test_results_and_their_defaults() -> None:
+    config = GridSearchConfig("sweep")
+    assert vars(config) == {
+        "name": "sweep",
+        "description": "",
+        "base_config": {},
+        "parameter_grids": [],
+        "naming_strategy": NamingStrategy.HASH_BASED,
+        "max_concurrent_jobs": None,
+        "execution_mode": SLURM,
+        "output_dir": None,
+    }
+    result = GridSearchResult(config, 4, submitted_jobs=["1"], failed_submissions=[("a", "b")], execution_time=2.5)
+    assert result.get_summary() == {
+        "grid_name": "sweep",
+        "total_experiments": 4,
+        "successful_submissions": 1,
+        "failed_submissions": 1,
+        "success_rate": 0.25,
+        "execution_time_sec": 2.5,
+        "output_directory": None,
+    }
+    assert GridSearchResult(config, 0).success_rate == 1.0
+    assert [mode.value for mode in ExecutionMode] == ["local", "slurm", "dry_run"]

@@ -1,0 +1,367 @@
+"""Checkpoint files: written whole, when due, bounded in number, and never executed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.training_runs import Recorder, assert_identical, final_state, make_loader, make_objects, run
+from trainers.callbacks import TrainingCallback
+from trainers.checkpoint import CheckpointStore
+from trainers.checkpoint_files import read_checkpoint, to_plain
+from trainers.config.errors import ConfigurationError
+from trainers.errors import CheckpointTimeoutError, DamagedCheckpointError, PreemptionTimeoutError, TrainerError
+from trainers.generic import GenericTrainer
+from trainers.settings import GenericTrainerConfig
+
+KEYS = set(
+    "format_version experiment_name save_timestamp epoch global_step model_state_dict optimizer_state_dict "
+    "scheduler_state_dict scaler_state_dict resume_state loader_state metrics best early_stopping preemption_count "
+    "callbacks trackers config".split()
+)
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not path.is_symlink())
+
+
+def _steps(folder: Path) -> list[int]:
+    return [int(name[-11:-5]) for name in _names(folder)]
+
+
+@pytest.mark.parametrize("kind", ["single", "batch"])
+def test_content_is_plain(kind: str, tmp_path: Path) -> None:
+    trainer = run(tmp_path, kind, experiment_name="first", max_epochs=1)
+    path = tmp_path / "first" / "epoch_000_step_000004.ckpt"
+    content = torch.load(path, weights_only=True)
+    assert set(content) >= KEYS
+    assert set(content["loader_state"]) >= {"train", "val", "epoch_start_rng"}
+    assert content["experiment_name"] == "first"
+    assert content["metrics"] == trainer.logs
+    for link in ("latest.ckpt",):
+        assert os.readlink(tmp_path / "first" / link) == path.name
+
+    def check(value: Any) -> None:
+        if isinstance(value, dict):
+            for entry in value.values():
+                check(entry)
+        elif isinstance(value, (list, tuple)):
+            for entry in value:
+                check(entry)
+        else:
+            assert value is None or type(value) in (torch.Tensor, int, float, str, bool), type(value)
+            assert not isinstance(value, torch.Tensor) or value.device.type == "cpu"
+
+    check(content)
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({}, [4, 8, 12]),
+        ({"save_every_n_epochs": 2}, [8, 12]),
+        ({"save_every_n_epochs": None}, [12]),
+        ({"save_every_n_epochs": None, "save_every_n_steps": 5}, [5, 10, 12]),
+        ({"save_every_n_epochs": None, "save_every_n_steps": 3, "save_top_k": 2}, [9, 12]),
+        ({"save_top_k": 1}, [12]),
+        ({"save_every_n_epochs": None, "save_every_n_minutes": 1e-9, "save_top_k": -1}, [*range(1, 13), 4, 8]),
+    ],
+)
+def test_saved_when_due(settings: dict[str, Any], steps: list[int], tmp_path: Path) -> None:
+    run(tmp_path, **settings)
+    assert sorted(set(_steps(tmp_path))) == sorted(set(steps))
+
+
+def test_end_is_not_saved_without_save_last(tmp_path: Path) -> None:
+    config = GenericTrainerConfig(checkpoint_dir=str(tmp_path), max_epochs=2, save_every_n_epochs=3)
+    config.checkpoint.save_last = False
+    model, optimizer, _ = make_objects("single")
+    GenericTrainer(config, loss_fn=nn.functional.mse_loss).fit(model, optimizer, make_loader("list"))
+    assert _names(tmp_path) == []
+
+
+class Valued(Recorder):
+    """Ends epochs with given values of a metric."""
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any]) -> None:
+        logs["val_loss"] = self.notes["values"][epoch]
+
+
+@pytest.mark.parametrize(
+    ("mode", "values", "keep", "kept", "best"),
+    [
+        ("min", [3.0, 1.0, 2.0, 5.0, 4.0], 1, [8, 20], 8),
+        ("min", [3.0, 1.0, 2.0, 5.0, 4.0], 3, [8, 12, 20], 8),
+        ("max", [3.0, 1.0, 2.0, 5.0, 4.0], 2, [16, 20], 16),
+        ("min", [1.0, 1.0, 1.0, 1.0, 2.0], 1, [4, 20], 4),
+        ("min", [float("nan"), 2.0, 2.0, 2.0, 1.0], 1, [20], 20),
+        ("min", [3.0, 1.0, 2.0, 5.0, 4.0], -1, [4, 8, 12, 16, 20], 8),
+    ],
+)
+@pytest.mark.parametrize("stop_at", [None, 13])
+def test_rotation(
+    mode: str, values: list[float], keep: int, kept: list[int], best: int, stop_at: int | None, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"monitor": "val_loss", "mode": mode, "save_top_k": keep, "max_epochs": 5}
+    notes = {"values": values}
+    trainer = run(tmp_path, trainer_class=Valued, notes=notes, stop_at=stop_at, **settings)
+    if stop_at is not None:
+        assert trainer.preempted
+        trainer = run(tmp_path, trainer_class=Valued, notes=notes, **settings)
+    steps = _steps(tmp_path)
+    # The checkpoint of the preemption may be one of those that are kept, where there is room.
+    assert set(steps) - {10} == set(kept) or (stop_at is not None and len(steps) == max(keep, len(kept)))
+    assert {best, 20} <= set(steps)
+    link = os.readlink(tmp_path / "best.ckpt")
+    assert link == f"epoch_{best // 4 - 1:03d}_step_{best:06d}.ckpt"
+    content = read_checkpoint(tmp_path / "latest.ckpt")
+    assert content["best"] == {"metric": "val_loss", "value": values[best // 4 - 1], "file": link}
+
+
+def test_pattern_may_use_logs(tmp_path: Path) -> None:
+    trainer = run(tmp_path, filename="{step}-{val_loss:.3f}.ckpt", max_epochs=1, save_every_n_steps=2)
+    # Before the first epoch's end there are no logs.
+    first = ["epoch_000_step_000002.ckpt", "epoch_000_step_000004.ckpt"]
+    assert _names(tmp_path) == [f"4-{trainer.logs['val_loss']:.3f}.ckpt", *first]
+
+
+@pytest.mark.parametrize("pattern", ["{nothing}.ckpt", "a/{step}.ckpt", "latest", "{step:q}"])
+def test_bad_pattern(pattern: str, tmp_path: Path) -> None:
+    with pytest.raises(TrainerError, match="checkpoint.filename"):
+        run(tmp_path, filename=pattern)
+
+
+def test_one_name_for_all_keeps_no_false_best(tmp_path: Path) -> None:
+    notes = {"values": [1.0, 2.0, 3.0]}
+    run(tmp_path, trainer_class=Valued, notes=notes, filename="model.ckpt", monitor="val_loss")
+    assert _names(tmp_path) == ["model.ckpt"]
+    assert not (tmp_path / "best.ckpt").is_symlink()
+    assert read_checkpoint(tmp_path / "latest.ckpt")["best"]["file"] is None
+
+
+class Dies(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("moment", ["torch.save", "os.fsync", "pathlib.Path.replace"])
+def test_death_during_a_save_leaves_the_old_file(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = final_state(run(tmp_path / "whole"))
+    run(tmp_path / "stopped", max_epochs=1)
+    before = {name: (tmp_path / "stopped" / name).read_bytes() for name in _names(tmp_path / "stopped")}
+
+    def dies(*arguments: Any, **keywords: Any) -> None:
+        raise Dies
+
+    with monkeypatch.context() as patch:
+        patch.setattr(moment, dies)
+        # What a kill leaves behind; an exception would tidy up.
+        patch.setattr(Path, "unlink", lambda *arguments, **keywords: None)
+        with pytest.raises(Dies):
+            run(tmp_path / "stopped")
+    after = {name: (tmp_path / "stopped" / name).read_bytes() for name in _names(tmp_path / "stopped")}
+    assert {name: data for name, data in after.items() if name.endswith(".ckpt")} == before
+    resumed = final_state(run(tmp_path / "stopped"))
+    assert _steps(tmp_path / "stopped") == [4, 8, 12]
+    assert_identical({**resumed, "notes": None}, {**whole, "notes": None})
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "hostile"])
+def test_damaged_newest_is_skipped(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = final_state(run(tmp_path, save_top_k=-1))
+    newest = tmp_path / "epoch_002_step_000012.ckpt"
+    data = bytearray(newest.read_bytes())
+    if damage == "flipped":
+        # Within a tensor, which no reader of pickles would notice.
+        place = data.rindex(torch.load(newest)["model_state_dict"]["0.weight"].numpy().tobytes())
+        data[place] ^= 1
+    executed = tmp_path / "executed"
+    hostile = pickle.dumps(Hostile(executed))
+    newest.write_bytes({"cut": data[:-200], "empty": b"", "hostile": hostile}.get(damage, data))
+    with pytest.raises(DamagedCheckpointError, match="epoch_002"):
+        GenericTrainer(GenericTrainerConfig(checkpoint_dir=str(tmp_path))).load_checkpoint(newest)
+    resumed = run(tmp_path)
+    assert len(resumed.notes["samples"]) == 4
+    assert_identical({**final_state(resumed), "notes": None}, {**whole, "notes": None})
+    assert "epoch_002_step_000012.ckpt" in caplog.text
+    assert not executed.exists()
+
+
+class Hostile:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.path}",)
+
+
+def test_hostile_pickle_in_a_torch_file_is_refused(tmp_path: Path) -> None:
+    torch.save(Hostile(tmp_path / "executed"), tmp_path / "hostile.ckpt")
+    with pytest.raises(DamagedCheckpointError):
+        read_checkpoint(tmp_path / "hostile.ckpt")
+    assert run(tmp_path, max_epochs=1).global_step == 4
+    assert not (tmp_path / "executed").exists()
+
+
+def test_all_damaged_starts_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(tmp_path, max_epochs=1)
+    path = tmp_path / "epoch_000_step_000004.ckpt"
+    data = bytearray(path.read_bytes())
+    data[data.rindex(torch.load(path)["model_state_dict"]["0.weight"].numpy().tobytes())] ^= 1
+    path.write_bytes(data)
+    assert len(run(tmp_path, max_epochs=1).notes["samples"]) == 4
+    assert "starts from the beginning" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("stop_at", "settings", "error"),
+    [
+        (None, {}, CheckpointTimeoutError),
+        (1, {"preemption_timeout": 0.05}, PreemptionTimeoutError),
+    ],
+)
+def test_slow_saves_raise(
+    stop_at: int | None, settings: Any, error: type[TrainerError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = torch.save
+
+    def slow(*arguments: Any, **keywords: Any) -> None:
+        time.sleep(0.3)
+        save(*arguments, **keywords)
+
+    monkeypatch.setattr(torch, "save", slow)
+    config = GenericTrainerConfig(checkpoint_dir=str(tmp_path), max_epochs=1, **settings)
+    if error is CheckpointTimeoutError:
+        config.checkpoint.timeout_seconds = 0.05
+    trainer = Recorder(config, {}, stop_at)
+    model, optimizer, _ = make_objects("single")
+    with pytest.raises(error, match="Nothing half-written") as caught:
+        trainer.fit(model, optimizer, make_loader("list"))
+    assert isinstance(caught.value, TrainerError)
+    time.sleep(0.5)
+    assert _names(tmp_path) == []
+
+
+def test_tensors_are_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[Any] = []
+    save = torch.save
+
+    def watched(value: Any, *arguments: Any, **keywords: Any) -> None:
+        saved.append({name: tensor.data_ptr() for name, tensor in value["model_state_dict"].items()})
+        save(value, *arguments, **keywords)
+
+    monkeypatch.setattr(torch, "save", watched)
+    trainer = run(tmp_path, max_epochs=1)
+    assert saved == [{name: tensor.data_ptr() for name, tensor in trainer.model.state_dict().items()}]
+
+
+@pytest.mark.parametrize("hook", ["on_batch_start", "training_step", "on_batch_end"])
+def test_saving_by_hand_only_where_nothing_is_half_done(hook: str, tmp_path: Path) -> None:
+    class Saves(Recorder):
+        pass
+
+    def call(self: Any, *arguments: Any) -> Any:
+        if self.global_step < 1:
+            self.save_checkpoint()
+        return getattr(Recorder, hook)(self, *arguments)
+
+    setattr(Saves, hook, call)
+    # In the first batch of two that make a step, the end of a batch is half-way as well.
+    with pytest.raises(TrainerError, match="cannot be saved now"):
+        run(tmp_path, trainer_class=Saves, gradient_accumulation_steps=2)
+    assert _names(tmp_path) == []
+
+
+def test_saving_by_hand(tmp_path: Path) -> None:
+    class Saves(Recorder):
+        def on_batch_end(self, batch_idx: int, logs: dict[str, Any]) -> None:
+            super().on_batch_end(batch_idx, logs)
+            if batch_idx == 2:
+                self.notes.setdefault("paths", []).append(self.save_checkpoint().name)
+
+    trainer = run(tmp_path, trainer_class=Saves, max_epochs=1)
+    assert trainer.notes["paths"] == ["epoch_000_step_000003.ckpt"]
+    assert _steps(tmp_path) == [3, 4]
+    with pytest.raises(TrainerError, match="Call fit"):
+        GenericTrainer(GenericTrainerConfig(checkpoint_dir=str(tmp_path))).save_checkpoint()
+
+
+def test_parts_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = GenericTrainerConfig(checkpoint_dir=str(tmp_path), max_epochs=1, save_rng_state=False)
+    config.checkpoint.save_optimizer = config.checkpoint.save_scheduler = False
+    model, optimizer, scheduler = make_objects("single")
+    GenericTrainer(config, loss_fn=nn.functional.mse_loss).fit(
+        model, optimizer, make_loader("list"), scheduler=scheduler
+    )
+    content = read_checkpoint(tmp_path / "latest.ckpt")
+    left_out = [content["optimizer_state_dict"], content["scheduler_state_dict"], content["resume_state"]["rng"]]
+    assert left_out == [None, None, None]
+    run(tmp_path, max_epochs=2)
+    assert "no optimizer state" in caplog.text
+    assert "no scheduler state" in caplog.text
+
+
+def test_callback_states_are_restored(tmp_path: Path) -> None:
+    class Counter(TrainingCallback):
+        count = 0
+
+        def on_batch_end(self, trainer: GenericTrainer, batch_idx: int, logs: dict[str, Any]) -> None:
+            self.count += 1
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"count": self.count}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.count = state["count"]
+
+    counts = []
+    for stop_at in (5, 9, None):
+        counter = Counter()
+
+        class WithCounter(Recorder):
+            def __init__(self, *arguments: Any) -> None:
+                super().__init__(*arguments)
+                self.add_callback(counter)  # noqa: B023 (used at once)
+
+        notes = {"events": counts[-1] if counts else 0}
+        run(tmp_path, trainer_class=WithCounter, stop_at=stop_at, notes=notes, loader="list")
+        counts.append(counter.count)
+    assert counts[-1] == 12
+
+
+def test_what_cannot_be_saved_is_named() -> None:
+    with pytest.raises(TrainerError, match=r"state\['a'\]\[1\].*object"):
+        to_plain({"a": [1, object()]}, "state")
+
+
+def test_another_environment_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(tmp_path, max_epochs=1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    run(tmp_path, max_epochs=2)
+    assert "threads was 1 when the checkpoint was written and is 64 now" in caplog.text
+
+
+def test_runs_have_their_own_folders(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        run(tmp_path, experiment_name=name, max_epochs=1)
+    assert _names(tmp_path) == ["a", "b"]
+    with pytest.raises(ConfigurationError, match="experiment_name"):
+        run(tmp_path, experiment_name="../c")
+
+
+def test_leftovers_go_at_the_next_start(tmp_path: Path) -> None:
+    leftover = tmp_path / f".epoch_000_step_000001.ckpt.{'0' * 32}.tmp"
+    foreign = tmp_path / ".notes.tmp"
+    leftover.touch()
+    foreign.touch()
+    CheckpointStore(tmp_path).open()
+    assert not leftover.exists()
+    assert foreign.exists()

@@ -1,0 +1,161 @@
+"""Where metrics and messages go, and that a resumed run continues its own files and runs."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mb_torch import MissingPackage
+from tests.training_runs import run
+from trainers.config.schema import LoggingConfig
+from trainers.errors import TrainerError
+from trainers.loggers import make_loggers, messages_as_configured
+from trainers.progress import Progress
+
+
+def _logging(**settings: Any) -> LoggingConfig:
+    return LoggingConfig(log_every_n_steps=2, **settings)
+
+
+@pytest.mark.parametrize("kind", ["single", "batch"])
+def test_csv_of_a_resumed_run_is_that_of_an_uninterrupted_one(kind: str, tmp_path: Path) -> None:
+    for name, stops in (("whole", [None]), ("stopped", [3, 4, 9, None])):
+        notes: dict[str, Any] = {}
+        for stop_at in stops:
+            run(
+                tmp_path / name,
+                kind,
+                notes=notes,
+                stop_at=stop_at,
+                logging=_logging(csv_log_dir=str(tmp_path / "logs")),
+                experiment_name=name,
+            )
+    whole, stopped = ((tmp_path / "logs" / name / "metrics.csv").read_text() for name in ("whole", "stopped"))
+    assert whole == stopped
+    lines = whole.splitlines()
+    assert lines[0] == "step,epoch,name,value"
+    assert [line.split(",")[0] for line in lines if "step_loss" in line] == ["2", "4", "6", "8", "10", "12"]
+    assert sum(",val_loss," in line for line in lines) == 3
+
+
+def test_rows_after_the_checkpoint_are_taken_back(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"logging": _logging(csv_log_dir=str(tmp_path)), "save_top_k": -1}
+    run(tmp_path / "run", **settings)
+    whole = (tmp_path / "metrics.csv").read_text()
+    for step in (8, 12):
+        (tmp_path / "run" / f"epoch_{step // 4 - 1:03d}_step_{step:06d}.ckpt").unlink()
+    run(tmp_path / "run", **settings)
+    assert (tmp_path / "metrics.csv").read_text() == whole
+
+
+def test_wandb_run_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, Any]] = []
+    logged: list[tuple[int, set[str]]] = []
+
+    class Run:
+        id = "abc"
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            logged.append((step, set(values)))
+
+        def finish(self) -> None:
+            started[-1]["finished"] = True
+
+    def init(**arguments: Any) -> Run:
+        started.append(arguments)
+        return Run()
+
+    wandb = types.ModuleType("wandb")
+    wandb.init = init  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    settings = {"logging": _logging(use_wandb=True, wandb_project="p", wandb_tags=["t"]), "experiment_name": "name"}
+    run(tmp_path, stop_at=3, **settings)
+    run(tmp_path, **settings)
+    assert [entry["id"] for entry in started] == [None, "abc"]
+    assert all(entry["finished"] and entry["resume"] == "allow" for entry in started)
+    assert (started[0]["project"], started[0]["tags"], started[0]["name"]) == ("p", ["t"], "name")
+    assert started[0]["config"]["max_epochs"] == 3
+    assert (4, {"loss", "val_loss", "epoch"}) in logged
+
+
+def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+
+    class SummaryWriter:
+        def __init__(self, folder: str, purge_step: int | None) -> None:
+            made.append((folder, purge_step))
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            made.append((name, step))
+
+        def close(self) -> None:
+            made.append("closed")
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    settings = {"logging": _logging(tensorboard_dir=str(tmp_path / "board"))}
+    run(tmp_path / "run", stop_at=3, **settings)
+    run(tmp_path / "run", **settings)
+    assert [entry for entry in made if entry[0] == str(tmp_path / "board")] == [
+        (str(tmp_path / "board"), None),
+        (str(tmp_path / "board"), 5),
+    ]
+    assert ("val_loss", 12) in made
+    assert made.count("closed") == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "module"),
+    [({"use_wandb": True}, "wandb"), ({"tensorboard_dir": "x"}, "torch.utils.tensorboard")],
+)
+def test_missing_package_names_the_extra(
+    settings: dict[str, Any], module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingPackage, match=r"modelbatch-hybrid\[tracking\]"):
+        make_loggers(LoggingConfig(**settings), None, {})
+
+
+def test_messages_go_where_the_configuration_says(tmp_path: Path) -> None:
+    logger = logging.getLogger("trainers")
+    handlers, level = list(logger.handlers), logger.level
+    path = tmp_path / "logs" / "run.log"
+    run(tmp_path / "run", max_epochs=1, logging=LoggingConfig(log_file=str(path), log_level="info"))
+    assert "epoch 0: loss" in path.read_text()
+    with messages_as_configured(LoggingConfig(log_level="WARNING")):
+        assert logger.level == logging.WARNING
+    assert (logger.handlers, logger.level) == (handlers, level)
+    with pytest.raises(TrainerError, match="LOUD"), messages_as_configured(LoggingConfig(log_level="LOUD")):
+        pass
+
+
+def test_console_only_where_wanted_and_nobody_else_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = logging.getLogger("trainers")
+    counts = []
+    monkeypatch.setattr(logger, "propagate", False)
+    for wanted in (True, False):
+        with messages_as_configured(LoggingConfig(console_log=wanted)):
+            counts.append(len(logger.handlers))
+    assert counts == [1, 0]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "wanted", "shown"), [(Terminal(), True, True), (Terminal(), False, False), (io.StringIO(), True, False)]
+)
+def test_progress(stream: io.StringIO, wanted: bool, shown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", stream)
+    with Progress("epoch 3", total=4, done=1, is_wanted=wanted) as progress:
+        progress.advance({"loss": 0.25})
+    assert ("epoch 3" in stream.getvalue()) == shown

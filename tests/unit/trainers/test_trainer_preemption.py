@@ -1,0 +1,330 @@
+"""Signals, requests and Slurm: saved once, requeued at most once, nothing trained in between."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.training_runs import Recorder, assert_identical, final_state, make_loader, make_objects, run
+from trainers.checkpoint_files import read_checkpoint
+from trainers.preemption import is_at_its_time_limit, is_being_preempted
+from trainers.settings import GenericTrainerConfig
+from trainers.states import TrainerPhase
+
+PREEMPTED = "JobId=7 JobState=RUNNING PreemptTime=2026-01-01T00:00:00 EndTime=2026-01-02T00:00:00"
+AT_THE_LIMIT = "JobId=7 JobState=RUNNING PreemptTime=None EndTime=2026-01-02T00:00:00"
+CANCELLED = "JobId=7 JobState=COMPLETING PreemptTime=None"
+
+
+class Signalled(Recorder):
+    """Gets a real signal at its event."""
+
+    number = signal.SIGUSR1
+
+    def stop(self) -> None:
+        signal.raise_signal(self.number)
+
+
+class Terminated(Signalled):
+    number = signal.SIGTERM
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A cluster of one job: `scontrol` that notes its calls and answers with the given facts."""
+
+    class Slurm:
+        calls_file = tmp_path / "calls"
+
+        def answer(self, facts: str, status: int = 0) -> None:
+            script = tmp_path / "bin" / "scontrol"
+            script.parent.mkdir(exist_ok=True)
+            script.write_text(f'#!/bin/sh\necho "$*" >> {self.calls_file}\necho "{facts}"\nexit {status}\n')
+            script.chmod(0o755)
+
+        @property
+        def calls(self) -> list[str]:
+            return self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
+
+        @property
+        def requeues(self) -> list[str]:
+            return [call for call in self.calls if call.startswith("requeue")]
+
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    cluster = Slurm()
+    cluster.answer(PREEMPTED)
+    return cluster
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])
+def test_every_signal_saves_and_stops(number: signal.Signals, tmp_path: Path) -> None:
+    class Own(Signalled):
+        pass
+
+    Own.number = number
+    notes: dict[str, Any] = {}
+    first = run(tmp_path, trainer_class=Own, stop_at=1, notes=notes)
+    assert (first.preempted, first.requeued, first.global_step) == (True, False, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch_000_step_000002.ckpt", "latest.ckpt"]
+    assert len(run(tmp_path, notes=notes).notes["samples"]) == 12
+
+
+def test_nothing_happens_between_signal_and_save(tmp_path: Path) -> None:
+    class Watched(Recorder):
+        def set_phase(self, phase: TrainerPhase) -> None:
+            super().set_phase(phase)
+            self.notes.setdefault("phases", []).append(phase)
+
+        def on_preemption_signal(self, signum: int, frame: Any) -> None:
+            self.notes["asked"] = len(self.notes["phases"])
+            assert (signum, frame) == (0, None)
+
+        def on_training_end(self, logs: dict[str, Any]) -> None:
+            raise AssertionError
+
+    for stop_at, phase in ((1, TrainerPhase.TRAIN_BATCH_END), (4, TrainerPhase.VAL_BATCH_END)):
+        trainer = run(tmp_path / str(stop_at), trainer_class=Watched, stop_at=stop_at, scheduler_interval="step")
+        later = trainer.notes["phases"][trainer.notes["asked"] :]
+        assert later == [TrainerPhase.CHECKPOINT_SAVE_START, TrainerPhase.CHECKPOINT_SAVE_END, phase]
+
+
+def test_a_save_in_the_hook_is_not_repeated(tmp_path: Path) -> None:
+    class Saves(Recorder):
+        saves = 0
+
+        def save_checkpoint(self, emergency: bool = False) -> Path:
+            self.saves += 1
+            return super().save_checkpoint(emergency)
+
+        def on_preemption_signal(self, signum: int, frame: Any) -> None:
+            self.save_checkpoint(emergency=True)
+
+    assert run(tmp_path, trainer_class=Saves, stop_at=1).saves == 1
+
+
+def test_no_checkpoint_where_none_is_wanted(tmp_path: Path) -> None:
+    config = GenericTrainerConfig(checkpoint_dir=str(tmp_path), max_epochs=2)
+    config.preemption.checkpoint_on_preemption = False
+    trainer = Recorder(config, {}, 1)
+    model, optimizer, _ = make_objects("single")
+    trainer.fit(model, optimizer, make_loader("list"))
+    assert trainer.preempted
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_handlers_are_installed_in_every_fit_and_put_back(tmp_path: Path) -> None:
+    def own(number: int, frame: Any) -> None:
+        raise AssertionError
+
+    before = {number: signal.signal(number, own) for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)}
+    try:
+        config = GenericTrainerConfig(checkpoint_dir=str(tmp_path), max_epochs=2)
+        notes: dict[str, Any] = {}
+        trainer = Signalled(config, notes, 1)
+        for expected_step in (2, 5):
+            model, optimizer, scheduler = make_objects("single")
+            trainer.fit(model, optimizer, make_loader("list"), None, scheduler)
+            assert (trainer.preempted, trainer.global_step) == (True, expected_step)
+            assert all(signal.getsignal(number) is own for number in before)
+            trainer.stop_at = 4
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_in_a_thread(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainers: list[Recorder] = []
+    thread = threading.Thread(target=lambda: trainers.append(run(tmp_path, stop_at=2)))
+    thread.start()
+    thread.join()
+    assert trainers[0].preempted
+    assert "outside the main thread" in caplog.text
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_keyboard_interrupt(presses: int, tmp_path: Path) -> None:
+    class Interrupted(Recorder):
+        def stop(self) -> None:
+            for _ in range(presses):
+                signal.raise_signal(signal.SIGINT)
+            self.notes["went_on"] = True
+
+    whole = final_state(run(tmp_path / "whole"))
+    notes: dict[str, Any] = {}
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped", trainer_class=Interrupted, stop_at=1, notes=notes)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert ("went_on" in notes) == (presses == 1)
+    assert (tmp_path / "stopped" / "latest.ckpt").exists() == (presses == 1)
+    resumed = final_state(run(tmp_path / "stopped"))
+    assert_identical({**resumed, "notes": None}, {**whole, "notes": None})
+
+
+@pytest.mark.parametrize(
+    ("environment", "job"),
+    [({}, "7"), ({"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"}, "5_2")],
+)
+def test_requeued_exactly_once(
+    environment: dict[str, str], job: str, slurm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    trainer = run(tmp_path / "run", trainer_class=Signalled, stop_at=1)
+    assert slurm.requeues == [f"requeue {job}"]
+    assert (trainer.preempted, trainer.requeued, trainer.preemption_count) == (True, True, 1)
+    assert read_checkpoint(tmp_path / "run" / "latest.ckpt")["preemption_count"] == 1
+
+
+@pytest.mark.parametrize(
+    ("facts", "requeued"), [(PREEMPTED, True), (CANCELLED, False), (AT_THE_LIMIT, False), ("", False)]
+)
+def test_sigterm_asks_slurm_after_the_save(facts: str, requeued: bool, slurm: Any, tmp_path: Path) -> None:
+    slurm.answer(facts)
+    trainer = run(tmp_path / "run", trainer_class=Terminated, stop_at=1)
+    assert slurm.calls == ["show job -o 7", *(["requeue 7"] if requeued else [])]
+    assert (trainer.preempted, trainer.requeued) == (True, requeued)
+    assert read_checkpoint(tmp_path / "run" / "latest.ckpt")["preemption_count"] == int(requeued)
+
+
+@pytest.mark.parametrize(
+    ("settings", "environment"),
+    [
+        ({"requeue_job": False}, {}),
+        ({"requeue_signals": ["SIGUSR2"]}, {}),
+        ({}, {"SLURM_JOB_ID": ""}),
+        ({}, {"SLURM_PROCID": "1"}),
+    ],
+)
+def test_not_requeued(
+    settings: dict[str, Any],
+    environment: dict[str, str],
+    slurm: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    trainer = run(tmp_path / "run", trainer_class=Signalled, stop_at=1, **settings)
+    assert (trainer.preempted, trainer.requeued, slurm.requeues) == (True, False, [])
+
+
+@pytest.mark.parametrize("exits", [True, False])
+def test_requeued_at_most_max_preemptions_times(
+    exits: bool, slurm: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    notes: dict[str, Any] = {}
+    outcomes = []
+    for stop_at in (1, 3, 6):
+        config = GenericTrainerConfig(checkpoint_dir=str(tmp_path / "run"), max_epochs=3, max_preemptions=2)
+        config.preemption.exit_on_max_preemptions = exits
+        trainer = Signalled(config, notes, stop_at)
+        model, optimizer, scheduler = make_objects("single")
+        trainer.fit(model, optimizer, make_loader("list"), None, scheduler)
+        outcomes.append((trainer.preempted, trainer.requeued, trainer.preemption_count))
+    assert outcomes == [(True, True, 1), (True, True, 2), (exits, False, 2)]
+    assert len(slurm.requeues) == 2
+    assert trainer.global_step == (7 if exits else 12)
+    assert "max_preemptions" in caplog.text
+
+
+def test_time_limits_do_not_count_where_the_run_advances(slurm: Any, tmp_path: Path) -> None:
+    slurm.answer(AT_THE_LIMIT)
+    notes: dict[str, Any] = {}
+    for stop_at in (1, 3, 6):
+        trainer = run(tmp_path / "run", trainer_class=Signalled, notes=notes, stop_at=stop_at, max_preemptions=1)
+        assert (trainer.requeued, trainer.preemption_count) == (True, 0)
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_failing_scontrol_is_logged(
+    missing: bool, slurm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if missing:
+        monkeypatch.setenv("PATH", str(tmp_path))
+    else:
+        slurm.answer("slurm_load_jobs error", status=1)
+    trainer = run(tmp_path / "run", trainer_class=Signalled, stop_at=1)
+    assert (trainer.preempted, trainer.requeued) == (True, False)
+    assert "scontrol requeue 7" in caplog.text
+    assert read_checkpoint(tmp_path / "run" / "latest.ckpt")["preemption_count"] == 0
+
+
+def test_signal_in_the_last_epoch_does_not_complete_the_run(tmp_path: Path) -> None:
+    trainer = run(tmp_path, trainer_class=Signalled, stop_at=17)
+    assert trainer.current_phase is TrainerPhase.VAL_BATCH_END
+    assert read_checkpoint(tmp_path / "latest.ckpt")["resume_state"]["phase"] == "VAL_BATCH_END"
+
+
+def test_a_signal_after_the_last_validation_batch_changes_nothing(tmp_path: Path) -> None:
+    class AtTheEnd(Recorder):
+        def on_epoch_end(self, epoch: int, logs: dict[str, Any]) -> None:
+            if epoch == 2:
+                self.request_preemption()
+
+    trainer = run(tmp_path, trainer_class=AtTheEnd)
+    assert (trainer.preempted, trainer.current_phase) == (False, TrainerPhase.TRAINING_COMPLETE)
+
+
+def test_what_slurm_says() -> None:
+    assert is_being_preempted({"JobState": "RUNNING", "PreemptTime": "2026-01-01T00:00:00"})
+    assert not is_being_preempted({"JobState": "RUNNING", "PreemptTime": "None"})
+    assert is_at_its_time_limit({"JobState": "RUNNING"})
+    assert not is_at_its_time_limit({})
+
+
+def test_ranks_agree_and_keep_their_own_state(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    whole = torch.load(tmp_path / "whole_0.pt")
+    assert whole["weights"].equal(torch.load(tmp_path / "whole_1.pt")["weights"])
+    for rank in range(2):
+        done = torch.load(tmp_path / f"resumed_{rank}.pt")
+        expected = torch.load(tmp_path / f"whole_{rank}.pt")
+        assert done["noise"].equal(expected["noise"])
+        assert done["weights"].equal(expected["weights"])
+    assert not torch.load(tmp_path / "whole_0.pt")["noise"].equal(torch.load(tmp_path / "whole_1.pt")["noise"])
+
+
+def _rank(rank: int, folder: str) -> None:
+    """One of two processes; only the first one is asked to stop."""
+    from torch import distributed
+
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/rendezvous")
+    loader = make_loader("list")
+
+    class Noisy(Recorder):
+        def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+            result = super().training_step(batch, batch_idx)
+            self.notes["noise"] = torch.rand(2)
+            return result
+
+        def _event(self) -> None:
+            if rank == 0:
+                super()._event()
+
+    def train(name: str, stop_at: int | None, notes: dict[str, Any]) -> Recorder:
+        torch.manual_seed(0)
+        model = nn.parallel.DistributedDataParallel(nn.Linear(3, 1))
+        torch.manual_seed(rank)
+        config = GenericTrainerConfig(checkpoint_dir=f"{folder}/{name}", max_epochs=2)
+        trainer = Noisy(config, notes, stop_at)
+        trainer.fit(model, torch.optim.Adam(model.parameters()), loader)
+        return trainer
+
+    def note(name: str, trainer: Recorder) -> None:
+        weights = trainer.model.module.weight.detach()
+        torch.save({"weights": weights, "noise": trainer.notes["noise"]}, f"{folder}/{name}_{rank}.pt")
+
+    note("whole", train("whole", None, {}))
+    notes: dict[str, Any] = {}
+    assert train("stopped", 2, notes).preempted
+    note("resumed", train("stopped", None, notes))
+    distributed.destroy_process_group()

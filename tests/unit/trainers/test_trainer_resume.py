@@ -1,0 +1,245 @@
+"""A run that was stopped anywhere ends bit-identical to one that was not."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mb_torch import MissingPackage
+from tests.training_runs import EPOCHS, LOADERS, Recorder, assert_identical, final_state, make_loader, make_objects, run
+from trainers.errors import MissingCheckpointError, TrainerError
+from trainers.generic import GenericTrainer
+from trainers.loaders import make_resumable
+from trainers.settings import GenericTrainerConfig
+from trainers.states import ResumeState, TrainerPhase
+
+REPOSITORY = Path(__file__).parents[3]
+# Four training and two validation batches an epoch.
+EVENTS = EPOCHS * (4 + 2)
+
+
+def _stopped_and_resumed(folder: Path, stop_at: int, kind: str, **options: Any) -> Recorder:
+    notes: dict[str, Any] = {}
+    first = run(folder, kind, stop_at=stop_at, notes=notes, **options)
+    assert first.preempted
+    assert first.current_phase is not TrainerPhase.TRAINING_COMPLETE
+    second = run(folder, kind, notes=notes, **options)
+    assert not second.preempted
+    return second
+
+
+@pytest.mark.parametrize("kind", ["single", "batch"])
+def test_stopped_after_any_batch(kind: str, tmp_path: Path) -> None:
+    whole = final_state(run(tmp_path / "whole", kind))
+    assert whole["steps"] == 4 * EPOCHS
+    for event in range(EVENTS):
+        resumed = _stopped_and_resumed(tmp_path / str(event), event, kind)
+        assert_identical(final_state(resumed), whole, f"stopped at event {event}: ")
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_every_kind_of_loader(loader: str, tmp_path: Path) -> None:
+    whole = final_state(run(tmp_path / "whole", loader=loader))
+    for event in (2, 3, 4, 7):
+        resumed = _stopped_and_resumed(tmp_path / str(event), event, "single", loader=loader)
+        assert_identical(final_state(resumed), whole, f"stopped at event {event}: ")
+
+
+@pytest.mark.parametrize(
+    ("loader", "event"), [("shuffled", 1), ("generator", 7), ("weighted", 3), ("stream", 1), ("stateful", 8)]
+)
+def test_loaders_with_workers(loader: str, event: int, tmp_path: Path) -> None:
+    whole = final_state(run(tmp_path / "whole", loader=loader, workers=2, max_epochs=2))
+    resumed = _stopped_and_resumed(tmp_path / "stopped", event, "single", loader=loader, workers=2, max_epochs=2)
+    assert_identical(final_state(resumed), whole)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("kind", ["single", "batch"])
+def test_stopped_after_any_batch_with_workers(loader: str, kind: str, tmp_path: Path) -> None:
+    whole = final_state(run(tmp_path / "whole", kind, loader=loader, workers=2, max_epochs=2))
+    for event in range(12):
+        resumed = _stopped_and_resumed(tmp_path / str(event), event, kind, loader=loader, workers=2, max_epochs=2)
+        assert_identical(final_state(resumed), whole, f"stopped at event {event}: ")
+
+
+@pytest.mark.parametrize("kind", ["single", "batch"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_accumulation_steps": 3},
+        {"scheduler_interval": "step"},
+        {"validate_every_n_epochs": 2},
+        {"early_stopping_patience": 1, "save_every_n_steps": 2, "monitor": "val_loss"},
+        {"max_steps": 7},
+        {"max_steps": 8},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_with_settings(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    whole = final_state(run(tmp_path / "whole", kind, **settings))
+    for event in (2, 5, 8):
+        notes: dict[str, Any] = {}
+        run(tmp_path / str(event), kind, stop_at=event, notes=notes, **settings)
+        resumed = run(tmp_path / str(event), kind, notes=notes, **settings)
+        assert_identical(final_state(resumed), whole, f"stopped at event {event}: ")
+
+
+def test_stopped_again_and_again(tmp_path: Path) -> None:
+    class EveryBatch(Recorder):
+        def _event(self) -> None:
+            self.request_preemption()
+
+    whole = final_state(run(tmp_path / "whole"))
+    notes: dict[str, Any] = {}
+    for _ in range(EVENTS):
+        assert run(tmp_path / "stopped", notes=notes, trainer_class=EveryBatch).preempted
+    assert_identical(final_state(run(tmp_path / "stopped", notes=notes, trainer_class=EveryBatch)), whole)
+
+
+def test_stopped_before_the_first_batch_of_an_epoch(tmp_path: Path) -> None:
+    class AtEpochStart(Recorder):
+        def on_epoch_start(self, epoch: int) -> None:
+            torch.rand(3)
+            if epoch == 1 and self.stop_at is not None:
+                self.request_preemption()
+
+    whole = final_state(run(tmp_path / "whole", trainer_class=AtEpochStart))
+    notes: dict[str, Any] = {}
+    first = run(tmp_path / "stopped", notes=notes, stop_at=-1, trainer_class=AtEpochStart)
+    assert first.current_phase is TrainerPhase.TRAIN_START_EPOCH
+    assert len(notes["samples"]) == 4
+    assert_identical(final_state(run(tmp_path / "stopped", notes=notes, trainer_class=AtEpochStart)), whole)
+
+
+@pytest.mark.parametrize(
+    ("kind", "step"),
+    [
+        ("single", 6),
+        ("batch", 4),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in [("single", 1), ("batch", 7)]),
+    ],
+)
+def test_killed_without_warning(kind: str, step: int, tmp_path: Path) -> None:
+    whole = final_state(run(tmp_path / "whole", kind, save_every_n_steps=1))
+    command = [sys.executable, "-m", "tests.training_runs", str(tmp_path / "killed"), kind, str(step)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    resumed = run(tmp_path / "killed", kind, save_every_n_steps=1)
+    rest = [sample for sample in whole["notes"]["samples"] if 4 * sample[0] + sample[1] >= step]
+    logs = [entry for entry in whole["notes"]["logs"] if entry[0] >= step // 4]
+    assert_identical(final_state(resumed), {**whole, "notes": {"samples": rest, "logs": logs}})
+
+
+def test_exception_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    class Fails(Recorder):
+        def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+            if self.current_epoch == 1 and batch_idx == 2 and self.stop_at is not None:
+                raise ZeroDivisionError("of the user")
+            return super().training_step(batch, batch_idx)
+
+    whole = final_state(run(tmp_path / "whole", trainer_class=Fails))
+    with pytest.raises(ZeroDivisionError, match="of the user"):
+        run(tmp_path / "failed", trainer_class=Fails, stop_at=-1)
+    assert [path.name for path in sorted((tmp_path / "failed").glob("epoch*"))] == ["epoch_000_step_000004.ckpt"]
+    resumed = final_state(run(tmp_path / "failed", trainer_class=Fails))
+    for name in ("model", "optimizer", "schedulers", "rng", "logs"):
+        assert_identical(resumed[name], whole[name], name)
+
+
+def test_complete_run_returns_at_once_with_its_weights(tmp_path: Path) -> None:
+    whole = run(tmp_path)
+    again = run(tmp_path)
+    assert again.notes == {"samples": [], "logs": []}
+    assert again.current_phase is TrainerPhase.TRAINING_COMPLETE
+    assert again.global_step == whole.global_step
+    assert again.logs == whole.logs
+    assert_identical(again.model.state_dict(), dict(whole.model.state_dict()))
+
+
+@pytest.mark.parametrize("loader", ["shuffled", "list"])
+@pytest.mark.parametrize("bound", [{"max_epochs": 1}, {"max_steps": 6}, {"max_steps": 8}])
+def test_raised_bounds_go_on(bound: dict[str, int], loader: str, tmp_path: Path) -> None:
+    whole = final_state(run(tmp_path / "whole", loader=loader))
+    notes: dict[str, Any] = {}
+    assert not run(tmp_path / "short", notes=notes, loader=loader, **bound).preempted
+    resumed = final_state(run(tmp_path / "short", notes=notes, loader=loader))
+    assert_identical(resumed, whole)
+
+
+def test_auto_resume_off_starts_again(tmp_path: Path) -> None:
+    whole = final_state(run(tmp_path))
+    again = run(tmp_path, auto_resume=False)
+    assert_identical(final_state(again), whole)
+    assert len(again.notes["samples"]) == 4 * EPOCHS
+
+
+def test_load_checkpoint_before_fit(tmp_path: Path) -> None:
+    whole = final_state(run(tmp_path, save_top_k=-1))
+    model, optimizer, scheduler = make_objects("single")
+    config = GenericTrainerConfig(checkpoint_dir=str(tmp_path / "other"), max_epochs=EPOCHS)
+    trainer = Recorder(config, {})
+    state = trainer.load_checkpoint(tmp_path / "epoch_000_step_000004.ckpt")
+    assert (state.phase, state.epoch, state.global_step) == (TrainerPhase.EPOCH_END, 0, 4)
+    seen: list[ResumeState] = []
+    trainer.on_resume_from_checkpoint = seen.append  # type: ignore[method-assign]
+    trainer.fit(model, optimizer, make_loader("shuffled"), make_loader("list")[:2], scheduler)
+    assert [state.global_step for state in seen] == [4]
+    assert_identical(trainer.model.state_dict(), whole["model"])
+    trainer.load_checkpoint(tmp_path / "epoch_000_step_000004.ckpt")
+    with pytest.raises(AssertionError):
+        assert_identical(trainer.model.state_dict(), whole["model"])
+
+
+def test_load_checkpoint_without_any(tmp_path: Path) -> None:
+    trainer = GenericTrainer(GenericTrainerConfig(checkpoint_dir=str(tmp_path)))
+    with pytest.raises(MissingCheckpointError) as caught:
+        trainer.load_checkpoint()
+    assert isinstance(caught.value, FileNotFoundError)
+    with pytest.raises(FileNotFoundError):
+        trainer.load_checkpoint(tmp_path / "nothing.ckpt")
+
+
+def test_resume_state_is_plain_and_versioned() -> None:
+    state = ResumeState(TrainerPhase.EPOCH_END, 1, 2)
+    assert ResumeState.from_dict(json.loads(json.dumps(state.to_dict()))) == state
+    with pytest.raises(TrainerError, match=r"'v1.0'.*'v2.0'"):
+        ResumeState.from_dict({**state.to_dict(), "version": "v1.0"})
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [("shuffled", "list", "kind 'stateful'"), ("list", "iterable", "kind 'list'")],
+)
+def test_another_kind_of_loader_is_refused(before: str, after: str, message: str, tmp_path: Path) -> None:
+    run(tmp_path, loader=before, stop_at=1)
+    with pytest.raises(TrainerError, match=message):
+        run(tmp_path, loader=after)
+
+
+def test_another_number_of_workers_is_refused_within_an_epoch(tmp_path: Path) -> None:
+    run(tmp_path / "inside", stop_at=1)
+    with pytest.raises(TrainerError, match="num_workers=2; expected num_workers=0"):
+        run(tmp_path / "inside", workers=2)
+    run(tmp_path / "between", max_epochs=1)
+    assert run(tmp_path / "between", max_epochs=2, workers=2).global_step == 8
+
+
+def test_one_shot_iterator_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrainerError, match="list_iterator.*can be iterated again"):
+        make_resumable(iter([1]), "train_loader")
+
+
+def test_without_torchdata(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchdata.stateful_dataloader", None)
+    with pytest.raises(MissingPackage, match=r"modelbatch-hybrid\[train\]"):
+        make_resumable(make_loader("shuffled"), "train_loader")
+    assert len(make_resumable([1, 2], "train_loader")) == 2

@@ -1,0 +1,149 @@
+"""`GenericTrainerConfig`: flat fields and groups are two views of one thing."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from trainers.config.errors import ConfigurationError, ValidationError
+from trainers.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    ExperimentConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PerformanceConfig,
+    PreemptionConfig,
+    TrainingConfig,
+)
+from trainers.settings import GenericTrainerConfig
+
+# Flat name, group, its class, name there, a flat value that is no default, the group's value for it.
+FIELDS = [
+    ("checkpoint_dir", "checkpoint", CheckpointConfig, "checkpoint_dir", "x", "x"),
+    ("save_every_n_epochs", "checkpoint", CheckpointConfig, "save_every_n_epochs", 2, 2),
+    ("save_every_n_steps", "checkpoint", CheckpointConfig, "save_every_n_steps", 3, 3),
+    ("save_every_n_minutes", "checkpoint", CheckpointConfig, "save_every_n_minutes", 4.0, 4.0),
+    ("save_top_k", "checkpoint", CheckpointConfig, "save_top_k", -1, -1),
+    ("monitor", "checkpoint", CheckpointConfig, "monitor", "loss", "loss"),
+    ("mode", "checkpoint", CheckpointConfig, "mode", "max", "max"),
+    ("filename", "checkpoint", CheckpointConfig, "filename", "{step}", "{step}"),
+    ("save_rng_state", "checkpoint", CheckpointConfig, "save_rng", False, False),
+    ("preemption_timeout", "preemption", PreemptionConfig, "timeout_minutes", 90.0, 1.5),
+    ("signals", "preemption", PreemptionConfig, "signals", ["SIGUSR1"], ["SIGUSR1"]),
+    ("requeue_signals", "preemption", PreemptionConfig, "requeue_signals", ["SIGUSR2"], ["SIGUSR2"]),
+    ("requeue_job", "preemption", PreemptionConfig, "requeue_job", False, False),
+    ("max_preemptions", "preemption", PreemptionConfig, "max_preemptions", 0, 0),
+    ("auto_resume", "preemption", PreemptionConfig, "auto_resume", False, False),
+    ("gradient_accumulation_steps", "performance", PerformanceConfig, "gradient_accumulation_steps", 2, 2),
+    ("max_grad_norm", "performance", PerformanceConfig, "clip_grad_norm", 5.0, 5.0),
+    ("mixed_precision", "performance", PerformanceConfig, "mixed_precision", "16-mixed", "16-mixed"),
+    ("compile_model", "performance", PerformanceConfig, "compile_model", True, True),
+    ("log_every_n_steps", "logging", LoggingConfig, "log_every_n_steps", 7, 7),
+    ("log_loss_every_n_steps", "logging", LoggingConfig, "log_every_n_steps", 7, 7),
+]
+
+
+@pytest.mark.parametrize(("flat", "group", "group_class", "name", "value", "stored"), FIELDS)
+def test_flat_field_and_group(flat: str, group: str, group_class: Any, name: str, value: Any, stored: Any) -> None:
+    own = group_class(**{name: stored})
+    for config in (
+        GenericTrainerConfig(**{flat: value}),
+        GenericTrainerConfig(**{group: own}),
+        GenericTrainerConfig(**{flat: value, group: own}),
+    ):
+        assert getattr(config, flat) == value
+        assert getattr(getattr(config, group), name) == stored
+    changed = GenericTrainerConfig()
+    setattr(changed, flat, value)
+    assert getattr(getattr(changed, group), name) == stored
+    other = getattr(GenericTrainerConfig(), flat)
+    with pytest.raises(ConfigurationError, match=rf"{flat}.*{group}\.{name}"):
+        GenericTrainerConfig(**{flat: other, group: own})
+    default = group_class()
+    GenericTrainerConfig(**{flat: value, group: default})
+    assert getattr(default, name) == getattr(group_class(), name)
+
+
+def test_defaults() -> None:
+    config = GenericTrainerConfig()
+    assert (config.max_epochs, config.max_steps, config.max_grad_norm, config.preemption_timeout) == (100, None, 1, 300)
+    assert config.gradient_accumulation_steps == 1
+    assert GenericTrainerConfig(max_grad_norm=None).max_grad_norm is None
+    assert config.signal_numbers() == [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM]
+
+
+@pytest.mark.parametrize("given", ["SIGUSR1", signal.SIGUSR1, int(signal.SIGUSR1), [signal.SIGUSR1], ("SIGUSR1",)])
+def test_signals_in_any_form(given: Any) -> None:
+    config = GenericTrainerConfig(signals=given)
+    assert config.signals == ["SIGUSR1"]
+    assert config.requeue_signals == ["SIGUSR1"]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *[{name: value} for name in ("max_epochs", "max_steps", "save_every_n_steps") for value in (0, -1, True, "2")],
+        *[{name: 0} for name in "validate_every_n_epochs early_stopping_patience save_every_n_minutes".split()],
+        *[{name: 0} for name in "preemption_timeout gradient_accumulation_steps max_grad_norm".split()],
+        *[{name: "best"} for name in "mode early_stopping_mode scheduler_interval mixed_precision on_nan_loss".split()],
+        *[{"save_top_k": value} for value in (0, -2)],
+        {"max_preemptions": -1},
+        {"max_epochs": None},
+        {"signals": "SIGNOTHING"},
+        {"signals": ["SIGUSR1"], "requeue_signals": ["SIGUSR2"]},
+    ],
+    ids=str,
+)
+def test_out_of_range(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=list(bad)[-1]) as caught:
+        GenericTrainerConfig(**bad)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_all_problems_at_once() -> None:
+    with pytest.raises(ValidationError) as caught:
+        GenericTrainerConfig(max_epochs=0, mode="best")
+    assert len(caught.value.problems) == 2
+
+
+def test_from_experiment_config() -> None:
+    training = TrainingConfig(
+        epochs=3,
+        max_steps=9,
+        gradient_accumulation_steps=2,
+        max_grad_norm=None,
+        early_stopping_patience=4,
+        early_stopping_metric="accuracy",
+        early_stopping_mode="max",
+        validation_every_n_epochs=5,
+    )
+    experiment = ExperimentConfig(
+        "name",
+        ModelConfig("m"),
+        training,
+        DataConfig("d"),
+        OptimizerConfig(),
+        checkpoint=CheckpointConfig(save_top_k=2),
+    )
+    config = GenericTrainerConfig.from_experiment_config(experiment)
+    assert (config.max_epochs, config.max_steps, config.gradient_accumulation_steps) == (3, 9, 2)
+    assert (config.max_grad_norm, config.experiment_name, config.save_top_k) == (None, "name", 2)
+    assert (config.early_stopping_patience, config.early_stopping_metric) == (4, "accuracy")
+    assert (config.early_stopping_mode, config.validate_every_n_epochs) == ("max", 5)
+    assert config.checkpoint is not experiment.checkpoint or config.checkpoint == experiment.checkpoint
+
+
+def test_needs_neither_omegaconf_nor_jax() -> None:
+    code = (
+        "import sys\n"
+        "sys.modules['omegaconf'] = sys.modules['yaml'] = sys.modules['torchdata'] = None\n"
+        "import trainers.generic, trainers.settings\n"
+        "assert not {'jax', 'flax', 'wandb', 'tensorboard'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

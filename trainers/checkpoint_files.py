@@ -1,0 +1,214 @@
+"""Single checkpoint files: plain data, written whole or not at all, checked to the last byte before use.
+
+A file holds tensors on the CPU, numbers, strings, lists and dicts, so ``torch.load`` opens it with
+``weights_only=True``; nothing in it is ever executed.
+"""
+
+from __future__ import annotations
+
+import numbers
+import os
+import threading
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+
+from trainers.errors import (
+    CheckpointTimeoutError,
+    DamagedCheckpointError,
+    MissingCheckpointError,
+    PreemptionTimeoutError,
+    TrainerError,
+)
+
+FORMAT_VERSION = 1
+
+
+def to_plain(value: Any, where: str) -> Any:
+    """Return a value as tensors on the CPU, numbers, strings, lists, tuples and dicts.
+
+    Args:
+        value: Anything made of these; tensors that are on the CPU already are not copied.
+        where: What it is, for the error.
+
+    Raises:
+        TrainerError: Something in it is of another type.
+
+    Example:
+        >>> from collections import OrderedDict
+        >>> to_plain(OrderedDict(a=(1, None)), "state")
+        {'a': (1, None)}
+    """
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    if isinstance(value, Mapping):
+        return {to_plain(key, where): to_plain(entry, f"{where}[{key!r}]") for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        plain = [to_plain(entry, f"{where}[{index}]") for index, entry in enumerate(value)]
+        return tuple(plain) if isinstance(value, tuple) else plain
+    raise TrainerError(
+        f"{where} cannot be saved",
+        received=f"a {type(value).__name__}",
+        expected="tensors, numbers, strings, lists and dicts",
+        fix="Leave it out of the state_dict(), or turn it into these.",
+    )
+
+
+def with_types_of(loaded: Any, current: Any) -> Any:
+    """Give the dicts of a loaded scheduler state the types they have in the scheduler itself.
+
+    Args:
+        loaded: From a checkpoint.
+        current: The state that the object has now.
+
+    Returns:
+        The loaded values; a ``Counter`` where there is one now.
+    """
+    if isinstance(current, Counter):
+        return Counter(loaded)
+    if isinstance(loaded, dict) and isinstance(current, Mapping):
+        return {key: with_types_of(entry, current.get(key)) for key, entry in loaded.items()}
+    return loaded
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint after checking every byte of it against the checksums in the file.
+
+    Args:
+        path: Of the file.
+
+    Returns:
+        Its content, tensors on the CPU.
+
+    Raises:
+        MissingCheckpointError: There is no such file.
+        DamagedCheckpointError: It is truncated or altered, or holds something that would have to be executed.
+        TrainerError: It is of another format version.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except FileNotFoundError as error:
+        raise MissingCheckpointError(f"{path} does not exist") from error
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
+        raise DamagedCheckpointError(f"{path} is no checkpoint: {error}") from error
+    if bad is not None:
+        raise DamagedCheckpointError(f"{path} is damaged in {bad!r}")
+    content = read_header(path, map_file=False)
+    if content["format_version"] != FORMAT_VERSION:
+        raise TrainerError(
+            f"{path}",
+            received=f"format version {content['format_version']}",
+            expected=f"format version {FORMAT_VERSION}",
+            fix="Continue the run with the version of this library that wrote it.",
+        )
+    return content
+
+
+def read_header(path: Path, *, map_file: bool = True) -> dict[str, Any]:
+    """Content of a file; with ``map_file`` tensors are not read before they are used."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=map_file)
+    except Exception as error:  # torch.load has no one error for a damaged file
+        # Further lines of torch's message advise to open files without its safety.
+        cause = str(error).strip().split("\n", 1)[0].split(". ", 1)[0]
+        raise DamagedCheckpointError(f"{path} cannot be read: {cause}") from error
+    needed = {"format_version", "global_step", "save_timestamp", "metrics", "resume_state"}
+    if not isinstance(content, dict) or not needed <= set(content):
+        raise DamagedCheckpointError(
+            f"{path}", received="something else", expected=f"a checkpoint with the keys {sorted(needed)}"
+        )
+    return content
+
+
+def write_checkpoint(
+    content: dict[str, Any], path: Path, deadline: float, timeout_error: Callable[[], TrainerError]
+) -> None:
+    """Write in a thread, so that a file system that hangs cannot hold the trainer beyond the deadline."""
+    decision = threading.Lock()
+    is_committed = is_abandoned = False
+    failures: list[BaseException] = []
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+
+    def work() -> None:
+        nonlocal is_committed
+        try:
+            with temporary.open("xb") as stream:
+                torch.save(content, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            with decision:
+                if is_abandoned or time.monotonic() > deadline:
+                    raise timeout_error()
+                temporary.replace(path)
+                is_committed = True
+            flush_folder(path.parent)
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+    thread.start()
+    thread.join(max(0.0, deadline - time.monotonic()))
+    if thread.is_alive():
+        with decision:
+            # Either the file is in its place by now, or it never will be.
+            is_abandoned = not is_committed
+        if is_abandoned:
+            raise timeout_error()
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def flush_folder(folder: Path) -> None:
+    """Make a rename survive a crash of the machine."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def checkpoint_timeout(seconds: float) -> TrainerError:
+    """Return the error of an ordinary save that took too long.
+
+    Args:
+        seconds: That were allowed.
+
+    Returns:
+        The error.
+    """
+    return CheckpointTimeoutError(
+        f"the checkpoint was not written within {seconds:g} s",
+        fix="Nothing half-written is visible. Raise checkpoint.timeout_seconds, or write to a faster disk.",
+    )
+
+
+def preemption_timeout(seconds: float) -> TrainerError:
+    """Return the error of a save on preemption that took too long.
+
+    Args:
+        seconds: That were allowed.
+
+    Returns:
+        The error.
+    """
+    return PreemptionTimeoutError(
+        f"the checkpoint on preemption was not written within {seconds:g} s",
+        fix="Nothing half-written is visible. Raise preemption.timeout_minutes, or write to a faster disk.",
+    )

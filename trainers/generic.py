@@ -1,0 +1,415 @@
+"""`GenericTrainer`: trains a module or a batch of models, survives being stopped anywhere, and goes on exactly."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mb_torch import ModelBatch
+from trainers.checkpoint import CheckpointStore
+from trainers.checkpoint_files import checkpoint_timeout, preemption_timeout, read_checkpoint
+from trainers.config.errors import ConfigurationError
+from trainers.errors import MissingCheckpointError, TrainerError
+from trainers.hooks import TrainerHooks
+from trainers.loaders import make_resumable
+from trainers.loggers import make_loggers, messages_as_configured
+from trainers.loop import Preempted, TrainingLoop
+from trainers.preemption import SignalFlags, is_first_rank, wait_for_all_ranks
+from trainers.requeueing import RequeueDecision
+from trainers.schedules import as_list
+from trainers.settings import GenericTrainerConfig
+from trainers.snapshot import apply_objects, apply_run, collect, own_rank
+from trainers.states import ResumeState, TrainerPhase
+from trainers.training import AutogradTraining, FusedTraining, Training, as_pair, device_of
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class GenericTrainer(TrainerHooks):
+    """Trains one module, or a `ModelBatch`, with exact resume, checkpoints, signals, callbacks and loggers.
+
+    Override `training_step` (and `validation_step`), or give ``loss_fn``. A `ModelBatch` with ``loss_fn`` trains
+    through its fused step, every model as if alone: clipping, early stopping and ``on_nan_loss="freeze"`` act on each
+    model. Its logs have the mean over the models that still train under the plain key, and each model's own value as
+    ``<key>_model_<i>``.
+
+    A run that is stopped anywhere and started again ends bit-identical, on a CPU, to one that was never stopped.
+
+    Args:
+        config: Of the trainer. Default: all defaults.
+        loss_fn: ``loss_fn(outputs, targets)`` of one model; batches are then ``(inputs, targets)``. Default: the step
+            functions are overridden.
+
+    Attributes:
+        config: As given.
+        model: That is trained; set by `fit`.
+        optimizer: Set by `fit`.
+        scheduler: Set by `fit`.
+        callbacks: In the order added.
+        current_phase: What is going on.
+        current_epoch: From 0.
+        global_step: Optimizer steps done.
+        stop_training: Set it to end the run at the next step boundary.
+        preempted: Whether the last `fit` was left because of a signal.
+        requeued: Whether Slurm was asked to start the job again, and accepted.
+        preemption_count: How often the run was requeued.
+        logs: Of the last finished epoch.
+        model_metrics: Of the last finished epoch, one value per model of a `ModelBatch`.
+
+    Raises:
+        ConfigurationError: The config is no `GenericTrainerConfig`.
+
+    Example:
+        >>> import tempfile
+        >>> model = nn.Linear(2, 1)
+        >>> batches = [(torch.ones(4, 2), torch.zeros(4, 1))] * 3
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     config = GenericTrainerConfig(checkpoint_dir=folder, max_epochs=2)
+        ...     trainer = GenericTrainer(config, loss_fn=nn.functional.mse_loss)
+        ...     trainer.fit(model, torch.optim.SGD(model.parameters(), lr=0.1), batches)
+        >>> trainer.global_step, trainer.current_phase.name
+        (6, 'TRAINING_COMPLETE')
+    """
+
+    def __init__(
+        self, config: GenericTrainerConfig | None = None, *, loss_fn: Callable[..., Any] | None = None
+    ) -> None:
+        if config is not None and not isinstance(config, GenericTrainerConfig):
+            raise ConfigurationError(
+                f"GenericTrainer: received a {type(config).__name__}; expected a GenericTrainerConfig. "
+                "GenericTrainerConfig.from_experiment_config makes one from an ExperimentConfig."
+            )
+        super().__init__()
+        self.config = GenericTrainerConfig() if config is None else config
+        self.model: Any = None
+        self.optimizer: Any = None
+        self.scheduler: Any = None
+        self.current_phase = TrainerPhase.INIT
+        self.current_epoch = 0
+        self.global_step = 0
+        self.stop_training = False
+        self.preempted = False
+        self.requeued = False
+        self.preemption_count = 0
+        self.logs: dict[str, Any] = {}
+        self.model_metrics: dict[str, Any] = {}
+        self.signal_flags = SignalFlags(self.config.signal_numbers())
+        self.store = self._make_store()
+        self._loss_fn = loss_fn
+        self._loop: TrainingLoop | None = None
+        self._to_load: dict[str, Any] | None = None
+        self._saved_at: tuple[Any, ...] | None = None
+        self._compiled: Any = None
+
+    def fit(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        train_loader: Any,
+        val_loader: Any = None,
+        scheduler: Any = None,
+    ) -> None:
+        """Train to the end, or go on from the newest checkpoint of this run to the end.
+
+        Returns also when a signal asked for it; the run was saved then, and ``preempted`` is true.
+
+        Args:
+            model: A module or a `ModelBatch`, on its device.
+            optimizer: Of its parameters.
+            train_loader: A ``DataLoader``, a list of batches, or an iterable that can be iterated again.
+            val_loader: Likewise; None for no validation.
+            scheduler: One, or a list with one per parameter group.
+
+        Raises:
+            NotImplementedError: Neither a step function nor ``loss_fn``.
+            TrainerError: Training cannot go on, or cannot be resumed.
+            ConfigurationError: Settings do not fit the model or the scheduler.
+        """
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self._check_steps(val_loader is not None)
+        self.stop_training = self.preempted = self.requeued = False
+        self.signal_flags.clear()
+        with messages_as_configured(self.config.logging):
+            loop = self._make_loop(train_loader, val_loader)
+            content = self._content_to_resume()
+            if content is not None and self._is_finished(content):
+                apply_objects(self, loop.schedulers, content)
+                self._set_position(ResumeState.from_dict(content["resume_state"]))
+                self.logs = dict(content["metrics"])
+                _LOGGER.info("this run is complete: its weights were loaded, and nothing is trained")
+                return
+            self._run(loop, content)
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """Return the loss of one batch, and whatever else is to be logged. Override it, or give ``loss_fn``.
+
+        Args:
+            batch: From the loader.
+            batch_idx: From 0 in every epoch.
+
+        Returns:
+            A dict with the key ``"loss"``: a tensor to differentiate.
+        """
+        return {"loss": self._loss(batch)}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """Return the metrics of one validation batch. Override it, or give ``loss_fn``.
+
+        Args:
+            batch: From the loader.
+            batch_idx: From 0 in every validation.
+
+        Returns:
+            Metrics by name.
+        """
+        return {"loss": self._loss(batch)}
+
+    def save_checkpoint(self, emergency: bool = False) -> Path:
+        """Write a checkpoint of the run as it is; at the end of a batch, of an epoch or of the run.
+
+        Args:
+            emergency: Whether the time limit for preemptions holds instead of that for ordinary saves.
+
+        Returns:
+            Its path.
+
+        Raises:
+            TrainerError: There is no run, or something is half done.
+            CheckpointTimeoutError: It took longer than ``checkpoint.timeout_seconds``.
+            PreemptionTimeoutError: With ``emergency``, it took longer than ``preemption.timeout_minutes``.
+        """
+        loop = self._loop
+        if loop is None:
+            raise TrainerError("save_checkpoint", received="no run", fix="Call fit() first.")
+        seconds = self.config.preemption_timeout if emergency else self.config.checkpoint.timeout_seconds
+        error = preemption_timeout if emergency else checkpoint_timeout
+        deadline = time.monotonic() + seconds
+        state = loop.resume_state()
+        before = self.current_phase
+        self.set_phase(TrainerPhase.CHECKPOINT_SAVE_START)
+        try:
+            content = collect(self, loop, state)
+            name = self.store.name_for(state.epoch, state.global_step, self.logs)
+            path = self.store.folder / name
+            if is_first_rank():
+                self.store.save(
+                    name,
+                    content,
+                    is_ranked=before in (TrainerPhase.EPOCH_END, TrainerPhase.TRAINING_COMPLETE)
+                    and state.train is None,
+                    deadline=deadline,
+                    timeout_error=lambda: error(seconds),
+                )
+            wait_for_all_ranks()
+            self.set_phase(TrainerPhase.CHECKPOINT_SAVE_END)
+        finally:
+            self.set_phase(before)
+        self._saved_at = self._place(state)
+        loop.was_saved()
+        return path
+
+    def load_checkpoint(self, checkpoint_path: str | Path | None = None) -> ResumeState:
+        """Read a checkpoint; the next `fit` goes on from it.
+
+        A model and an optimizer that are set already are loaded at once.
+
+        Args:
+            checkpoint_path: Of the file. Default: the newest of this run.
+
+        Returns:
+            Where the run goes on.
+
+        Raises:
+            TrainerError: The file is damaged or of another version; there is none (then it is also a
+                ``FileNotFoundError``).
+        """
+        if checkpoint_path is None:
+            self.store.open()
+            content = self.store.newest()
+        else:
+            content = read_checkpoint(Path(checkpoint_path))
+        state, _ = own_rank(content)
+        if self.model is not None and self.optimizer is not None:
+            apply_objects(self, as_list(self.scheduler, self.config.scheduler_interval), content)
+        self._to_load = content
+        return state
+
+    def request_preemption(self) -> None:
+        """Ask the run to save and stop at the next boundary, as a signal does; works in any thread."""
+        self.signal_flags.received.append(0)
+
+    def set_phase(self, phase: TrainerPhase) -> None:
+        """Note what is going on.
+
+        Args:
+            phase: The new phase.
+        """
+        self.current_phase = phase
+
+    def handle_preemption(self) -> bool:
+        """Save, and have Slurm start the job again, after a signal has come.
+
+        Returns:
+            Whether the run is to be left; false where it goes on until it is killed.
+        """
+        signals = list(self.signal_flags.received) or [0]
+        self.signal_flags.clear()
+        decision = RequeueDecision(self.config, signals, self.preemption_count, self._has_advanced())
+        self.preemption_count += decision.counts
+        self.call_hooks("on_preemption_signal", signals[0], None)
+        is_saving = self.config.preemption.checkpoint_on_preemption
+        loop = self._loop
+        assert loop is not None
+        if is_saving and self._saved_at != self._place(loop.resume_state()):
+            self.save_checkpoint(emergency=True)
+        self.requeued = decision.carry_out()
+        if not self.requeued and decision.counts:
+            # Nobody will start the job again, so the file must not say so.
+            self.preemption_count -= decision.counts
+            if is_saving:
+                self.save_checkpoint(emergency=True)
+        self.preempted = decision.leaves_run
+        return self.preempted
+
+    def _loss(self, batch: Any) -> torch.Tensor:
+        if self._loss_fn is None:
+            raise NotImplementedError("override training_step and validation_step, or give GenericTrainer loss_fn=")
+        inputs, targets = as_pair(batch, device_of(self.model))
+        outputs = self.model(inputs)
+        if isinstance(self.model, ModelBatch):
+            return self.model.compute_loss(outputs, targets, self._loss_fn, reduction="none")
+        return self._loss_fn(outputs, targets)
+
+    def _check_steps(self, validates: bool) -> None:
+        """Refuse, before the first batch, what would fail at the first."""
+        if self._loss_fn is not None:
+            return
+        for name, is_needed in (("training_step", True), ("validation_step", validates)):
+            if is_needed and getattr(type(self), name) is getattr(GenericTrainer, name):
+                raise NotImplementedError(f"override {name}(batch, batch_idx), or give GenericTrainer loss_fn=")
+
+    def _make_store(self) -> CheckpointStore:
+        settings = self.config.checkpoint
+        folder = Path(settings.checkpoint_dir)
+        name = self.config.experiment_name
+        if name is not None and (name in ("", ".", "..") or Path(name).name != name):
+            raise ConfigurationError(f"experiment_name: received {name!r}; expected the name of a folder")
+        return CheckpointStore(
+            folder if name is None else folder / name,
+            filename=settings.filename,
+            keep=settings.save_top_k,
+            monitor=settings.monitor,
+            mode=settings.mode,
+        )
+
+    def _make_loop(self, train_loader: Any, val_loader: Any) -> TrainingLoop:
+        schedulers = as_list(self.scheduler, self.config.scheduler_interval)
+        if self.config.compile_model and self._compiled is not self.model:
+            self.model.compile()
+            self._compiled = self.model
+        training: Training
+        overrides = type(self).training_step is not GenericTrainer.training_step
+        if isinstance(self.model, ModelBatch) and self._loss_fn is not None and not overrides:
+            training = FusedTraining(
+                self.model, self.optimizer, self.config, self._loss_fn, self.set_phase, self._freeze_models
+            )
+        else:
+            training = AutogradTraining(self.model, self.optimizer, self.config, self.training_step, self.set_phase)
+        return TrainingLoop(
+            self,
+            training,
+            make_resumable(train_loader, "train_loader"),
+            None if val_loader is None else make_resumable(val_loader, "val_loader"),
+            schedulers,
+        )
+
+    def _freeze_models(self, losses: dict[int, float]) -> None:
+        assert self._loop is not None
+        self._loop.freeze(losses)
+
+    def _content_to_resume(self) -> dict[str, Any] | None:
+        """What `load_checkpoint` was given, else the newest checkpoint of the run, else None."""
+        content, self._to_load = self._to_load, None
+        if is_first_rank():
+            self.store.open()
+        wait_for_all_ranks()
+        if not is_first_rank():
+            self.store.look()
+        if content is not None or not self.config.auto_resume or not self.store.files:
+            return content
+        try:
+            return self.store.newest()
+        except MissingCheckpointError as error:
+            _LOGGER.warning("%s. Training starts from the beginning.", error.problem)
+            return None
+
+    def _is_finished(self, content: dict[str, Any]) -> bool:
+        """Whether a checkpoint is that of a complete run, and the bounds were not raised since."""
+        state = ResumeState.from_dict(content["resume_state"])
+        if state.phase is not TrainerPhase.TRAINING_COMPLETE:
+            return False
+        saved, now = content["config"], self.config
+        more_epochs = now.max_epochs > saved["max_epochs"]
+        more_steps = saved["max_steps"] is not None and (now.max_steps is None or now.max_steps > saved["max_steps"])
+        next_epoch = state.epoch + (state.train is None)
+        has_room = next_epoch < now.max_epochs and (now.max_steps is None or state.global_step < now.max_steps)
+        return not ((more_epochs or more_steps) and has_room)
+
+    def _set_position(self, state: ResumeState) -> None:
+        self.current_phase, self.current_epoch, self.global_step = state.phase, state.epoch, state.global_step
+
+    def _run(self, loop: TrainingLoop, content: dict[str, Any] | None) -> None:
+        self._loop, self._saved_at = loop, None
+        state, loader_state = None, None
+        self._set_position(ResumeState(TrainerPhase.INIT, 0, 0))
+        self.logs, self.model_metrics, self.preemption_count = {}, {}, 0
+        trackers: dict[str, Any] = {}
+        if content is not None:
+            apply_objects(self, loop.schedulers, content)
+            apply_run(self, loop, content)
+            state, loader_state = own_rank(content)
+            self._set_position(state)
+            trackers = content["trackers"]
+            _LOGGER.info("the run goes on in epoch %d after step %d", state.epoch, state.global_step)
+        self._step_at_start = self.global_step
+        if is_first_rank():
+            loop.loggers = make_loggers(
+                self.config.logging,
+                self.config.experiment_name,
+                self.config.to_dict(),
+                trackers,
+                None if state is None else state.global_step,
+            )
+        self.signal_flags.install()
+        try:
+            if state is not None:
+                self.call_hooks("on_resume_from_checkpoint", state)
+            self.call_hooks("on_training_start")
+            loop.run(state, loader_state)
+        except Preempted:
+            _LOGGER.info("the run was left after step %d and can be resumed", self.global_step)
+        except KeyboardInterrupt:
+            self.set_phase(TrainerPhase.ERROR_RECOVERABLE)
+            raise
+        except BaseException:
+            self.set_phase(TrainerPhase.ERROR_FATAL)
+            raise
+        finally:
+            self.signal_flags.restore()
+            for logger in loop.loggers:
+                logger.close()
+
+    def _has_advanced(self) -> bool:
+        return self.global_step > self._step_at_start
+
+    def _place(self, state: ResumeState) -> tuple[Any, ...]:
+        """What tells two states of a run apart."""
+        train, val = state.train, state.val
+        batches = (None if train is None else train.batch_idx, None if val is None else val.batch_idx)
+        return state.phase, state.epoch, state.global_step, *batches

@@ -1,0 +1,282 @@
+"""Loaders that go on in the middle of an epoch with exactly the samples that were left, in the same order.
+
+How, by kind of loader:
+
+| loader | means |
+|---|---|
+| list or tuple of batches | by index |
+| ``DataLoader``, ``StatefulDataLoader`` | rebuilt as torchdata's ``StatefulDataLoader`` from its own arguments |
+| one of an ``IterableDataset`` without a state, a subclass of these, any other iterable | drawn again and skipped |
+
+The order of the rest of an epoch follows from the random generators at the epoch's start. So they are put back to that
+point, the loader is brought to its place, and the caller puts the generators to where they were at the save. Samplers
+that draw one seed or one permutation per epoch, as torch's do, come out exactly. A sampler that draws from the global
+generators at every index, between the draws of the model, needs a generator of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from torch.utils.data import DataLoader, IterableDataset
+
+from mb_torch import MissingPackage
+from trainers.errors import TrainerError
+from trainers.loader_randomness import (
+    Generator,
+    ReplayedSampler,
+    WithWorkerRandomness,
+    generator_states,
+    generators_of,
+    set_generators,
+)
+from trainers.states import RNGState, restore_rng_state
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class ResumableLoader(Protocol):
+    """A loader whose position within an epoch can be saved."""
+
+    def __len__(self) -> int:
+        """Return how many batches an epoch has; raises TypeError where that is unknown."""
+
+    def start(self) -> Iterator[Any]:
+        """Begin an epoch."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position as plain data."""
+
+    def resume(self, state: Mapping[str, Any], start_rng: RNGState | None, batch_idx: int) -> Iterator[Any]:
+        """Go on in the middle of an epoch; leaves the global generators anywhere.
+
+        Args:
+            state: From `state_dict`.
+            start_rng: The global generators at the epoch's start; None if they were not saved.
+            batch_idx: The next batch.
+        """
+
+    def restore_generators(self, state: Mapping[str, Any]) -> None:
+        """Put the loader's own generators and its data set's state to where they were at a save between epochs."""
+
+
+def make_resumable(loader: Any, name: str) -> ResumableLoader:
+    """Wrap a loader by its kind; see the module's table.
+
+    Args:
+        loader: Of batches; it can be iterated again and again.
+        name: What the loader is called in errors.
+
+    Returns:
+        A loader that can be resumed.
+
+    Raises:
+        TrainerError: It can be iterated once only, or not at all.
+        MissingPackage: A ``DataLoader``, but torchdata is not installed.
+
+    Example:
+        >>> loader = make_resumable([1, 2, 3], "train_loader")
+        >>> list(loader.resume(loader.state_dict(), None, 1))
+        [2, 3]
+    """
+    if isinstance(loader, (list, tuple)):
+        return _ListLoader(loader, name)
+    if isinstance(loader, DataLoader):
+        stateful_class = _stateful_class()
+        stateless_stream = isinstance(loader.dataset, IterableDataset) and not hasattr(loader.dataset, "state_dict")
+        if type(loader) in (DataLoader, stateful_class) and not stateless_stream:
+            return _StatefulLoader(loader, stateful_class, name)
+        return _SkippingLoader(loader, name)
+    if isinstance(loader, Iterator) or not isinstance(loader, Iterable):
+        raise TrainerError(
+            name,
+            received=f"a {type(loader).__name__}" + (" (which ends after one epoch)" if loader is not None else ""),
+            expected="a DataLoader, a list of batches, or an iterable that can be iterated again",
+        )
+    return _SkippingLoader(loader, name)
+
+
+class _ListLoader:
+    """Batches in memory."""
+
+    def __init__(self, batches: Sequence[Any], name: str) -> None:
+        self._batches = batches
+        self._name = name
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def start(self) -> Iterator[Any]:
+        return iter(self._batches)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kind": "list", "length": len(self._batches)}
+
+    def resume(self, state: Mapping[str, Any], start_rng: RNGState | None, batch_idx: int) -> Iterator[Any]:
+        _check_kind(self._name, state, "list")
+        if state["length"] != len(self._batches):
+            raise TrainerError(
+                f"{self._name} at resume", received=f"{len(self._batches)} batches", expected=f"{state['length']}"
+            )
+        return itertools.islice(self._batches, batch_idx, None)
+
+    def restore_generators(self, state: Mapping[str, Any]) -> None:
+        """A list has none."""
+
+
+class _SkippingLoader:
+    """Anything iterable: what had been used is drawn again."""
+
+    def __init__(self, loader: Any, name: str) -> None:
+        self._loader = loader
+        self._name = name
+        self._generators = generators_of(loader)
+        self._at_start = generator_states(self._generators)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def start(self) -> Iterator[Any]:
+        self._at_start = generator_states(self._generators)
+        return iter(self._loader)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "kind": "skipping",
+            "generators": generator_states(self._generators),
+            "generators_at_start": self._at_start,
+        }
+
+    def resume(self, state: Mapping[str, Any], start_rng: RNGState | None, batch_idx: int) -> Iterator[Any]:
+        _check_kind(self._name, state, "skipping")
+        set_generators(self._name, self._generators, state["generators_at_start"])
+        if start_rng is not None:
+            restore_rng_state(start_rng)
+        iterator = self.start()
+        skipped = sum(1 for _ in itertools.islice(iterator, batch_idx))
+        if skipped < batch_idx:
+            raise TrainerError(
+                f"{self._name} at resume", received=f"{skipped} batches", expected=f"at least {batch_idx}"
+            )
+        return iterator
+
+    def restore_generators(self, state: Mapping[str, Any]) -> None:
+        if _is_same_loader(self._name, state, "skipping", self._generators):
+            set_generators(self._name, self._generators, state["generators"])
+
+
+class _StatefulLoader:
+    """A ``DataLoader`` rebuilt as a ``StatefulDataLoader``."""
+
+    def __init__(self, loader: DataLoader[Any], stateful_class: Any, name: str) -> None:
+        self._name = name
+        self._generators = generators_of(loader)
+        self._at_start = generator_states(self._generators)
+        self._num_workers = loader.num_workers
+        self._dataset: Any = loader.dataset
+        self._has_state = hasattr(loader.dataset, "state_dict") and hasattr(loader.dataset, "load_state_dict")
+        self._loader = _rebuilt(loader, stateful_class)
+        self._is_running = False
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def start(self) -> Iterator[Any]:
+        self._at_start = generator_states(self._generators)
+        self._is_running = True
+        return iter(self._loader)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "kind": "stateful",
+            "num_workers": self._num_workers,
+            # Asked before its first epoch, the loader would start one.
+            "loader": self._loader.state_dict() if self._is_running else None,
+            # In workers a data set's state begins anew with every epoch.
+            "dataset": None if self._num_workers or not self._has_state else self._dataset.state_dict(),
+            "generators": generator_states(self._generators),
+            "generators_at_start": self._at_start,
+        }
+
+    def resume(self, state: Mapping[str, Any], start_rng: RNGState | None, batch_idx: int) -> Iterator[Any]:
+        _check_kind(self._name, state, "stateful")
+        if state["num_workers"] != self._num_workers:
+            raise TrainerError(
+                f"{self._name} at resume in the middle of an epoch",
+                received=f"num_workers={self._num_workers}",
+                expected=f"num_workers={state['num_workers']}, as in the run that is continued",
+                fix="Change the number of workers between epochs only.",
+            )
+        set_generators(self._name, self._generators, state["generators_at_start"])
+        if start_rng is not None:
+            restore_rng_state(start_rng)
+        self._loader.load_state_dict(state["loader"])
+        return self.start()
+
+    def restore_generators(self, state: Mapping[str, Any]) -> None:
+        if not _is_same_loader(self._name, state, "stateful", self._generators):
+            return
+        set_generators(self._name, self._generators, state["generators"])
+        if state["dataset"] is not None and self._has_state:
+            self._dataset.load_state_dict(state["dataset"])
+
+
+def _rebuilt(loader: DataLoader[Any], stateful_class: Any) -> Any:
+    """The same loader with a state; without persistent workers, which would keep the state of an earlier epoch."""
+    # torchdata 0.11 calls a function that torch deprecated later.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="'set_vital' is deprecated", category=UserWarning)
+        return _stateful(loader, stateful_class)
+
+
+def _stateful(loader: DataLoader[Any], stateful_class: Any) -> Any:
+    arguments: dict[str, Any] = {
+        "num_workers": loader.num_workers,
+        "collate_fn": loader.collate_fn,
+        "pin_memory": loader.pin_memory,
+        "timeout": loader.timeout,
+        "worker_init_fn": loader.worker_init_fn,
+        "multiprocessing_context": loader.multiprocessing_context,
+        "generator": loader.generator,
+        "in_order": loader.in_order,
+    }
+    if loader.num_workers:
+        arguments["prefetch_factor"] = loader.prefetch_factor
+    if isinstance(loader.dataset, IterableDataset):
+        return stateful_class(loader.dataset, loader.batch_size, drop_last=loader.drop_last, **arguments)
+    dataset: Any = WithWorkerRandomness(loader.dataset) if loader.num_workers else loader.dataset
+    if loader.batch_sampler is not None:
+        return stateful_class(dataset, batch_sampler=ReplayedSampler(loader.batch_sampler), **arguments)
+    return stateful_class(dataset, batch_size=None, sampler=ReplayedSampler(loader.sampler), **arguments)
+
+
+def _stateful_class() -> Any:
+    try:
+        from torchdata.stateful_dataloader import StatefulDataLoader
+    except ImportError as error:
+        raise MissingPackage(
+            "a DataLoader is resumed by torchdata, which is not installed",
+            fix="pip install 'modelbatch-hybrid[train]', or give the batches as a list.",
+        ) from error
+    return StatefulDataLoader
+
+
+def _check_kind(name: str, state: Mapping[str, Any], kind: str) -> None:
+    if state["kind"] != kind:
+        raise TrainerError(
+            f"{name} at resume in the middle of an epoch",
+            received=f"a loader of kind {kind!r}",
+            expected=f"kind {state['kind']!r}, as in the run that is continued",
+        )
+
+
+def _is_same_loader(name: str, state: Mapping[str, Any], kind: str, generators: Sequence[Generator]) -> bool:
+    """Whether a state fits; between epochs another loader may take over, with an order of its own."""
+    is_same = state["kind"] == kind and len(state["generators"]) == len(generators)
+    if not is_same:
+        _LOGGER.warning("%s is another loader than before: its order is not that of an uninterrupted run", name)
+    return is_same

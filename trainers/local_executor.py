@@ -1,0 +1,216 @@
+"""Runs each experiment as a child process of this one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Collection, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from trainers.config.errors import ConfigurationError
+from trainers.config.files import write_atomically, written
+from trainers.executors import Job, MissingScript, Outcome, Plan, read_record
+
+_LOGGER = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.02
+# How long children may take to save their state once they were asked to end.
+GRACE_SECONDS = 30.0
+SHOWN_CHARACTERS = 300
+
+
+@dataclass(frozen=True)
+class _Child:
+    job: Job
+    process: subprocess.Popen[bytes]
+    # What is written about it, but for its end.
+    record: dict[str, Any]
+    start: float
+
+
+class LocalExecutor:
+    """Runs ``python SCRIPT --config F --experiment-name N --output-dir D`` for each experiment, a few at a time.
+
+    Output goes to ``local-<index>.out`` and ``.err`` in the experiment's folder, behind that of earlier runs. When
+    this process is interrupted, asked to terminate or hung up on, its children are asked to end, and killed after a
+    while; a second Ctrl-C kills them at once. What was not complete then is no success.
+
+    Example:
+        >>> LocalExecutor().settled([Path("experiments/never-run")])
+        set()
+    """
+
+    def check(self, plan: Plan) -> None:
+        """Raise `MissingScript` if there is no script, and `ConfigurationError` on Windows."""
+        if sys.platform == "win32":
+            raise ConfigurationError(
+                "execution_mode: received ExecutionMode.LOCAL on Windows, where child processes cannot be ended in "
+                "order; expected Linux or macOS. Use ExecutionMode.DRY_RUN and run its commands."
+            )
+        if not plan.script_path.is_file():
+            raise MissingScript(
+                f"script_path: received {plan.script_path}, which does not exist; expected the training script. "
+                "Pass script_path=, or write the script. Nothing was started."
+            )
+
+    def run(self, plan: Plan) -> Generator[Outcome]:
+        """Run all experiments, at most ``max_concurrent_jobs`` (default 1) at once."""
+        waiting, running = deque(plan.jobs), list[_Child]()
+        total, count = len(plan.jobs), 0
+        # Without a terminal the bar is silent.
+        with _caught_signals() as caught, tqdm(total=total, unit="experiment", disable=None) as bar:
+            try:
+                while waiting or running:
+                    _raise_for(caught)
+                    outcomes = []
+                    while waiting and len(running) < (plan.max_concurrent_jobs or 1):
+                        job = waiting.popleft()
+                        try:
+                            running.append(_start(job, plan))
+                        except OSError as error:
+                            outcomes.append(Outcome(job, error=f"could not be started: {error}"))
+                    for child in [child for child in running if child.process.poll() is not None]:
+                        running.remove(child)
+                        outcomes.append(_finish(child))
+                    for outcome in outcomes:
+                        count += 1
+                        bar.update()
+                        _log(outcome, f"{count} of {total}")
+                        yield outcome
+                    if not outcomes:
+                        time.sleep(POLL_SECONDS)
+            finally:
+                _stop(running, caught)
+
+    def settled(self, folders: Collection[Path]) -> set[Path]:
+        """Experiments that are complete; one at work holds the grid search's folder, so none is here."""
+        return {folder for folder in folders if (read_record(folder) or {}).get("state") == "COMPLETED"}
+
+
+def _start(job: Job, plan: Plan) -> _Child:
+    job_id, command = _job_id(job), plan.command(job)
+    record = {
+        "executor": "local",
+        "job_id": job_id,
+        "state": "RUNNING",
+        "submitted": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "config_hash": job.config_hash(),
+        "command": command,
+    }
+    write_atomically(job.record_path, written(record, "json"))
+    with (job.folder / f"{job_id}.out").open("ab") as out, (job.folder / f"{job_id}.err").open("ab") as err:
+        # A session of its own: Ctrl-C on the terminal reaches this process only, which then ends the child in order.
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            cwd=plan.project_root,
+            start_new_session=True,
+            pass_fds=() if plan.lock is None else (plan.lock,),
+        )
+    return _Child(job, process, record, time.monotonic())
+
+
+def _finish(child: _Child) -> Outcome:
+    code = child.process.returncode
+    _record_end(child, "FAILED" if code else "COMPLETED")
+    if not code:
+        return Outcome(child.job, job_id=_job_id(child.job))
+    errors = child.job.folder / f"{_job_id(child.job)}.err"
+    reason = f"exit code {code}" if code > 0 else f"killed by {_signal_name(-code)} (exit code {code})"
+    last = _last_line(errors)
+    return Outcome(child.job, error=f"{reason}; output in {errors}" + (f"; last line: {last}" if last else ""))
+
+
+def _record_end(child: _Child, state: str) -> None:
+    seconds = round(time.monotonic() - child.start, 3)
+    changes = {"state": state, "exit_code": child.process.returncode, "seconds": seconds}
+    write_atomically(child.job.record_path, written({**child.record, **changes}, "json"))
+
+
+def _log(outcome: Outcome, progress: str) -> None:
+    if outcome.error is None:
+        _LOGGER.info("%s: %s is complete", progress, outcome.job.name)
+    else:
+        _LOGGER.error("%s: %s failed: %s", progress, outcome.job.name, outcome.error)
+
+
+def _last_line(path: Path) -> str:
+    with path.open("rb") as stream:
+        stream.seek(max(0, path.stat().st_size - 4096))
+        lines = stream.read().decode(errors="replace").split("\n")
+    return next((line.strip()[:SHOWN_CHARACTERS] for line in reversed(lines) if line.strip()), "")
+
+
+def _signal_name(number: int) -> str:
+    with suppress(ValueError):
+        return signal.Signals(number).name
+    return f"signal {number}"
+
+
+def _stop(children: Sequence[_Child], caught: Sequence[int]) -> None:
+    """Ask the children to end, and kill those that do not within the grace time or before the next signal."""
+    before, deadline = len(caught), time.monotonic() + GRACE_SECONDS
+    for child in children:
+        if child.process.poll() is None:
+            _send(child.process, signal.SIGTERM)
+        else:
+            _finish(child)
+    children = [child for child in children if child.process.returncode is None]
+    while any(child.process.poll() is None for child in children):
+        if len(caught) > before or time.monotonic() > deadline:
+            break
+        time.sleep(POLL_SECONDS)
+    for child in children:
+        if child.process.poll() is None:
+            _send(child.process, signal.SIGKILL)
+        child.process.wait()
+        _record_end(child, "CANCELLED")
+
+
+def _send(process: subprocess.Popen[bytes], number: int) -> None:
+    """Send a signal to a child and to what it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+@contextmanager
+def _caught_signals() -> Iterator[list[int]]:
+    """Collect the signals that would end this process.
+
+    A signal that raised at once could do so between the start of a child and its entry in the list of children.
+    Handlers that others installed stay, and so does everything outside the main thread.
+    """
+    caught: list[int] = []
+    former = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                former[number] = signal.signal(number, lambda received, frame: caught.append(received))
+    try:
+        yield caught
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def _raise_for(caught: Sequence[int]) -> None:
+    if caught:
+        raise KeyboardInterrupt if caught[0] == signal.SIGINT else SystemExit(128 + caught[0])
+
+
+def _job_id(job: Job) -> str:
+    return f"local-{job.index}"

@@ -1,0 +1,244 @@
+"""Where metrics go: CSV files, TensorBoard, Weights & Biases; and where the trainer's messages go.
+
+A resumed run continues its own files and runs: what was logged after the checkpoint it resumes from is taken back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import importlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+from uuid import uuid4
+
+from mb_torch import MissingPackage
+from trainers.config.schema import LoggingConfig
+from trainers.errors import TrainerError
+from trainers.utils.logging import DEFAULT_FORMAT
+
+_COLUMNS = ["step", "epoch", "name", "value"]
+
+
+class MetricLogger(Protocol):
+    """Takes numbers; one per place they go to.
+
+    Attributes:
+        name: Under which its state is saved.
+    """
+
+    name: str
+
+    def log(self, values: Mapping[str, float], epoch: int, step: int) -> None:
+        """Write values by name."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a later process needs to continue, as plain data."""
+
+    def close(self) -> None:
+        """Write everything out."""
+
+
+class CsvLogger:
+    """One row per value in ``metrics.csv``: step, epoch, name, value.
+
+    Args:
+        folder: Of the file; made if it does not exist.
+        rows: Of the file that the run had written at the checkpoint that is resumed; later ones are removed.
+    """
+
+    name = "csv"
+
+    def __init__(self, folder: Path, rows: int = 0) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.csv"
+        kept = _first_rows(path, rows) if rows and path.is_file() else []
+        # A file of its own first: a run that is killed here keeps what it had.
+        temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+        with temporary.open("x", newline="", encoding="utf-8") as stream:
+            csv.writer(stream).writerows([_COLUMNS, *kept])
+        temporary.replace(path)
+        self._rows = len(kept)
+        self._stream = path.open("a", newline="", encoding="utf-8")
+        self._writer = csv.writer(self._stream)
+
+    def log(self, values: Mapping[str, float], epoch: int, step: int) -> None:
+        """See `MetricLogger`."""
+        self._writer.writerows([step, epoch, name, repr(value)] for name, value in values.items())
+        self._stream.flush()
+        self._rows += len(values)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `MetricLogger`."""
+        return {"rows": self._rows}
+
+    def close(self) -> None:
+        """See `MetricLogger`."""
+        self._stream.close()
+
+
+class TensorBoardLogger:
+    """Scalars for TensorBoard.
+
+    Args:
+        folder: Of the event files.
+        resumed_at: Optimizer steps done at the checkpoint that is resumed; TensorBoard hides what was logged later.
+
+    Raises:
+        MissingPackage: tensorboard is not installed.
+    """
+
+    name = "tensorboard"
+
+    def __init__(self, folder: Path, resumed_at: int | None) -> None:
+        module = _import("torch.utils.tensorboard", "tensorboard")
+        self._writer = module.SummaryWriter(str(folder), purge_step=None if resumed_at is None else resumed_at + 1)
+
+    def log(self, values: Mapping[str, float], epoch: int, step: int) -> None:
+        """See `MetricLogger`."""
+        for name, value in {**values, "epoch": epoch}.items():
+            self._writer.add_scalar(name, value, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `MetricLogger`."""
+        return {}
+
+    def close(self) -> None:
+        """See `MetricLogger`."""
+        self._writer.close()
+
+
+class WandbLogger:
+    """A run of Weights & Biases, continued under its id.
+
+    Args:
+        config: Project, entity, notes and tags.
+        run_name: Name of the run; None lets wandb choose.
+        settings: Of the trainer, shown with the run.
+        run_id: Of the run to continue; None begins one.
+
+    Raises:
+        MissingPackage: wandb is not installed.
+    """
+
+    name = "wandb"
+
+    def __init__(
+        self, config: LoggingConfig, run_name: str | None, settings: Mapping[str, Any], run_id: str | None
+    ) -> None:
+        wandb = _import("wandb", "wandb")
+        self._run = wandb.init(
+            project=config.wandb_project,
+            entity=config.wandb_entity,
+            notes=config.wandb_notes,
+            tags=list(config.wandb_tags),
+            name=run_name,
+            config=dict(settings),
+            id=run_id,
+            resume="allow",
+        )
+
+    def log(self, values: Mapping[str, float], epoch: int, step: int) -> None:
+        """See `MetricLogger`."""
+        self._run.log({**values, "epoch": epoch}, step=step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `MetricLogger`."""
+        return {"run_id": self._run.id}
+
+    def close(self) -> None:
+        """See `MetricLogger`."""
+        self._run.finish()
+
+
+def make_loggers(
+    config: LoggingConfig,
+    run_name: str | None,
+    settings: Mapping[str, Any],
+    trackers: Mapping[str, Any] | None = None,
+    resumed_at: int | None = None,
+) -> list[MetricLogger]:
+    """Make the loggers that a configuration asks for.
+
+    Args:
+        config: Of the logging.
+        run_name: Of the experiment: a folder below the configured ones; None for these themselves.
+        settings: Of the trainer, for trackers that show them.
+        trackers: States by logger name from the checkpoint that is resumed.
+        resumed_at: Optimizer steps done at that checkpoint; None for a new run.
+
+    Returns:
+        The loggers.
+
+    Raises:
+        MissingPackage: One needs a package that is not installed.
+
+    Example:
+        >>> make_loggers(LoggingConfig(), None, {})
+        []
+    """
+    loggers: list[MetricLogger] = []
+    below = run_name or ""
+    states = trackers or {}
+    if config.csv_log_dir is not None:
+        loggers.append(CsvLogger(Path(config.csv_log_dir, below), states.get("csv", {}).get("rows", 0)))
+    if config.tensorboard_dir is not None:
+        loggers.append(TensorBoardLogger(Path(config.tensorboard_dir, below), resumed_at))
+    if config.use_wandb:
+        loggers.append(WandbLogger(config, run_name, settings, states.get("wandb", {}).get("run_id")))
+    return loggers
+
+
+@contextlib.contextmanager
+def messages_as_configured(config: LoggingConfig) -> Iterator[None]:
+    """Send the trainers' messages where the configuration says, for as long as the context lasts.
+
+    Args:
+        config: Level, file, and whether they go to the console. Handlers that the program itself has set up get
+            the messages in any case, so a console handler is added only where there is none.
+
+    Raises:
+        TrainerError: There is no such level.
+    """
+    logger = logging.getLogger("trainers")
+    level = logging.getLevelNamesMapping().get(config.log_level.upper())
+    if level is None:
+        raise TrainerError(
+            "logging.log_level", received=repr(config.log_level), expected="DEBUG, INFO, WARNING, ERROR or CRITICAL"
+        )
+    handlers: list[logging.Handler] = []
+    if config.console_log and not logger.hasHandlers():
+        handlers.append(logging.StreamHandler())
+    if config.log_file is not None:
+        os.makedirs(os.path.dirname(config.log_file) or ".", exist_ok=True)
+        handlers.append(logging.FileHandler(config.log_file, encoding="utf-8"))
+    before = logger.level
+    logger.setLevel(level)
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter(DEFAULT_FORMAT))
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+def _import(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingPackage(
+            f"the configuration asks for {package}, which is not installed",
+            fix="pip install 'modelbatch-hybrid[tracking]', or switch it off in the logging section.",
+        ) from error
+
+
+def _first_rows(path: Path, count: int) -> list[list[str]]:
+    with path.open(newline="", encoding="utf-8") as stream:
+        return list(csv.reader(stream))[1 : count + 1]

@@ -1,0 +1,469 @@
+"""The one training loop: epochs, batches, validations, and the boundaries between them at which a run can be left.
+
+A run is left only where nothing is half done: before the first batch, after an optimizer step, after a validation batch
+and between epochs. Whatever is drawn, counted or updated in between is part of the saved state, so that a run that goes
+on from there ends like one that was never left.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils import _pytree as pytree
+
+from mb_torch import ModelBatch
+from trainers.errors import TrainerError
+from trainers.loaders import ResumableLoader
+from trainers.loggers import MetricLogger
+from trainers.metrics import EarlyStopping, MetricSums, epoch_logs, required
+from trainers.preemption import agreed
+from trainers.progress import Progress
+from trainers.schedules import step_schedulers
+from trainers.states import (
+    ResumeState,
+    RNGState,
+    TrainerPhase,
+    TrainMicroState,
+    ValMicroState,
+    capture_rng_state,
+    restore_rng_state,
+)
+from trainers.training import Training, device_of
+
+if TYPE_CHECKING:
+    from trainers.generic import GenericTrainer
+
+_LOGGER = logging.getLogger(__name__)
+_IN_VALIDATION = (TrainerPhase.VAL_START_EPOCH, TrainerPhase.VAL_BATCH_END)
+_BETWEEN_EPOCHS = (TrainerPhase.EPOCH_END, TrainerPhase.TRAINING_COMPLETE)
+
+
+class Preempted(Exception):
+    """Leaves the loop: the run was saved and ends here for now."""
+
+
+class _CutShort(Exception):
+    """Leaves the loop in the middle of an epoch: the run is over."""
+
+
+class TrainingLoop:
+    """One call of ``fit``.
+
+    Args:
+        trainer: Whose hooks, step functions and counters are used.
+        training: How a batch trains.
+        train_loader: Training batches.
+        val_loader: Validation batches; None for no validation.
+        schedulers: All that are to be stepped.
+
+    Attributes:
+        early_stopping: Of the models.
+        loggers: Where metrics go.
+        epoch_start_rng: The generators when the running epoch or validation began.
+        train_is_over: Whether the running epoch has no training batch left.
+    """
+
+    def __init__(
+        self,
+        trainer: GenericTrainer,
+        training: Training,
+        train_loader: ResumableLoader,
+        val_loader: ResumableLoader | None,
+        schedulers: list[Any],
+    ) -> None:
+        config = trainer.config
+        self.trainer = trainer
+        self.training = training
+        self.train_loader = train_loader
+        self.val_loader = val_loader
+        self.schedulers = schedulers
+        self.early_stopping = EarlyStopping(
+            training.num_freezable, config.early_stopping_patience, config.early_stopping_mode
+        )
+        self.loggers: list[MetricLogger] = []
+        self.epoch_start_rng: RNGState | None = None
+        self.train_is_over = False
+        self._sums = MetricSums(training.num_models)
+        self._val_sums = MetricSums(training.num_models)
+        self._batch_idx = 0
+        self._val_batch_idx = 0
+        self._steps_in_this_process = 0
+        self._last_save = time.monotonic()
+        self._is_cut_short = False
+
+    def run(self, start: ResumeState | None, loader_state: Mapping[str, Any] | None) -> None:
+        """Train from the beginning, or from where a checkpoint was written, to the end.
+
+        Args:
+            start: Position in the checkpoint; None begins.
+            loader_state: Of the same checkpoint.
+
+        Raises:
+            Preempted: The run was saved and left.
+        """
+        resume = None if start is None or loader_state is None else (start, loader_state)
+        trainer, config = self.trainer, self.trainer.config
+        first = 0
+        if resume is not None:
+            state, _ = resume
+            is_between = state.phase in _BETWEEN_EPOCHS and state.train is None
+            first = state.epoch + 1 if is_between else state.epoch
+            if is_between:
+                self._restore_between_epochs(resume)
+                resume = None
+        try:
+            for epoch in range(first, config.max_epochs):
+                # The rest of a resumed epoch may be a validation.
+                if resume is None and self._is_over():
+                    break
+                trainer.current_epoch = epoch
+                self._epoch(epoch, resume)
+                resume = None
+        except _CutShort:
+            self._is_cut_short = True
+        self._complete()
+
+    def resume_state(self) -> ResumeState:
+        """Return where the run is; only at a boundary.
+
+        Raises:
+            TrainerError: Something is half done.
+        """
+        trainer, phase = self.trainer, self.trainer.current_phase
+        in_epoch = phase in (TrainerPhase.TRAIN_BATCH_END, *_IN_VALIDATION) or self._is_cut_short
+        if self.training.micro_step or not (in_epoch or phase in (TrainerPhase.TRAIN_START_EPOCH, *_BETWEEN_EPOCHS)):
+            raise TrainerError(
+                "a checkpoint cannot be saved now",
+                received=f"phase {phase.value} with {self.training.micro_step} batches of an incomplete accumulation",
+                expected="the end of a batch with an optimizer step, of a validation batch or of an epoch",
+                fix="Call save_checkpoint() in on_batch_end or on_epoch_end.",
+            )
+        train = val = None
+        if in_epoch:
+            train = TrainMicroState(
+                self._batch_idx, 0, self._sums.loss_sum(), self._sums.num_samples, self._sums.state_dict()
+            )
+        if phase in _IN_VALIDATION:
+            sums = self._val_sums
+            val = ValMicroState(self._val_batch_idx, sums.loss_sum(), sums.state_dict(), sums.num_samples)
+        rng = capture_rng_state() if trainer.config.save_rng_state else None
+        return ResumeState(
+            phase, trainer.current_epoch, trainer.global_step, train=train, val=val, rng=rng, timestamp=time.time()
+        )
+
+    def was_saved(self) -> None:
+        """Start counting the minutes to the next save."""
+        self._last_save = time.monotonic()
+
+    @property
+    def ends_with_ranked_metrics(self) -> bool:
+        """Whether the logs are those of the weights as they are now."""
+        return self.trainer.current_phase in _BETWEEN_EPOCHS and not self._is_cut_short
+
+    def freeze(self, losses: dict[int, float]) -> None:
+        """Freeze models whose losses are not finite.
+
+        Args:
+            losses: Model to loss.
+        """
+        for model, loss in losses.items():
+            self.early_stopping.stopped[model] = f"loss {loss} in step {self.trainer.global_step}"
+            _LOGGER.warning("model %d is frozen from now on: its loss is %s", model, loss)
+        self._apply_stops()
+
+    def _epoch(self, epoch: int, resume: tuple[ResumeState, Mapping[str, Any]] | None) -> None:
+        trainer = self.trainer
+        self._sums, self._batch_idx, self.train_is_over = MetricSums(self.training.num_models), 0, False
+        trainer.set_phase(TrainerPhase.TRAIN_START_EPOCH)
+        trainer.call_hooks("on_epoch_start", epoch)
+        in_validation = resume is not None and resume[0].phase in _IN_VALIDATION
+        if resume is not None and resume[0].train is not None:
+            micro = resume[0].train
+            self._sums.load_state_dict(micro.additional_metrics, micro.num_samples)
+            self._batch_idx = micro.batch_idx
+        if not in_validation:
+            self._train(self._start_training(resume))
+        is_validated = self.val_loader is not None and (epoch + 1) % trainer.config.validate_every_n_epochs == 0
+        self._val_sums = MetricSums(self.training.num_models)
+        if is_validated:
+            self._validate(resume if in_validation else None)
+        self._finish_epoch(epoch, is_validated)
+
+    def _start_training(self, resume: tuple[ResumeState, Mapping[str, Any]] | None) -> Iterator[Any]:
+        """Batches of the epoch, or those that are left of it."""
+        batches: Iterator[Any] | None = None
+        if resume is not None:
+            state, loaders = resume
+            if self.val_loader is not None and loaders["val"] is not None:
+                self.val_loader.restore_generators(loaders["val"])
+            is_at_start = state.train is None or not state.train.batch_idx
+            if is_at_start or loaders["train_is_over"]:
+                self.train_loader.restore_generators(loaders["train"])
+            if loaders["train_is_over"]:
+                self.train_is_over, batches = True, iter(())
+            elif state.train is not None and not is_at_start:
+                self.epoch_start_rng = _rng(loaders["epoch_start_rng"])
+                batches = self.train_loader.resume(loaders["train"], self.epoch_start_rng, state.train.batch_idx)
+            if not is_at_start:
+                self.trainer.set_phase(TrainerPhase.TRAIN_BATCH_END)
+            if state.rng is not None:
+                restore_rng_state(state.rng)
+        self._boundary()
+        if batches is None:
+            self.epoch_start_rng = capture_rng_state() if self.trainer.config.save_rng_state else None
+            batches = self.train_loader.start()
+        return batches
+
+    def _train(self, batches: Iterator[Any]) -> None:
+        trainer, training = self.trainer, self.training
+        title = f"epoch {trainer.current_epoch}"
+        with self._progress(title, self.train_loader, self._batch_idx) as progress:
+            while True:
+                trainer.set_phase(TrainerPhase.TRAIN_BATCH_LOAD)
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    break
+                trainer.call_hooks("on_batch_start", self._batch_idx)
+                result = training.train_batch(batch, self._batch_idx)
+                if result.has_stepped:
+                    self._count_step()
+                if not result.is_skipped:
+                    self._sums.add(result.logs, self.early_stopping.active())
+                self._sums.num_samples += _num_samples(batch)
+                self._batch_idx += 1
+                trainer.set_phase(TrainerPhase.TRAIN_BATCH_END)
+                progress.advance(self._sums.means())
+                trainer.call_hooks("on_batch_end", self._batch_idx - 1, result.logs)
+                if result.has_stepped:
+                    self._log_step(result.logs)
+                if not training.micro_step:
+                    self._boundary(has_stepped=result.has_stepped)
+        self.train_is_over = True
+        if not self._batch_idx:
+            raise TrainerError("train_loader", received="no batch in an epoch", expected="at least one")
+        has_stepped = training.flush()
+        if has_stepped:
+            self._count_step()
+            trainer.set_phase(TrainerPhase.TRAIN_BATCH_END)
+            self._boundary(has_stepped=True)
+
+    def _validate(self, resume: tuple[ResumeState, Mapping[str, Any]] | None) -> None:
+        trainer = self.trainer
+        assert self.val_loader is not None
+        trainer.set_phase(TrainerPhase.VAL_START_EPOCH)
+        self._val_batch_idx = 0
+        batches: Iterator[Any] | None = None
+        if resume is not None:
+            state, loaders = resume
+            self.train_is_over = True
+            self.train_loader.restore_generators(loaders["train"])
+            if state.val is not None and state.val.batch_idx:
+                self._val_sums.load_state_dict(state.val.metrics, state.val.num_samples)
+                self._val_batch_idx = state.val.batch_idx
+                self.epoch_start_rng = _rng(loaders["epoch_start_rng"])
+                batches = self.val_loader.resume(loaders["val"], self.epoch_start_rng, state.val.batch_idx)
+                trainer.set_phase(TrainerPhase.VAL_BATCH_END)
+            else:
+                self.val_loader.restore_generators(loaders["val"])
+            if state.rng is not None:
+                restore_rng_state(state.rng)
+            self._leave_if_asked()
+        if batches is None:
+            self.epoch_start_rng = capture_rng_state() if trainer.config.save_rng_state else None
+            batches = self.val_loader.start()
+        with (
+            _evaluating(trainer.model),
+            self._progress("validation", self.val_loader, self._val_batch_idx) as progress,
+        ):
+            while True:
+                trainer.set_phase(TrainerPhase.VAL_BATCH_LOAD)
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+                trainer.set_phase(TrainerPhase.VAL_BATCH_FORWARD)
+                with self.training.precision():
+                    logs = trainer.validation_step(batch, self._val_batch_idx)
+                if not isinstance(logs, Mapping):
+                    raise TrainerError("validation_step", received=f"a {type(logs).__name__}", expected="a dict")
+                self._val_sums.add(logs, self.early_stopping.active())
+                self._val_sums.num_samples += _num_samples(batch)
+                self._val_batch_idx += 1
+                trainer.set_phase(TrainerPhase.VAL_BATCH_END)
+                progress.advance(self._val_sums.means())
+                self._leave_if_asked()
+
+    def _finish_epoch(self, epoch: int, is_validated: bool) -> None:
+        trainer, config = self.trainer, self.trainer.config
+        logs = epoch_logs(self._sums.means(), self._val_sums.means())
+        trainer.model_metrics = epoch_logs(self._sums.model_means(), self._val_sums.model_means())
+        for key, values in trainer.model_metrics.items():
+            logs.update({f"{key}_model_{model}": value for model, value in enumerate(values)})
+        has_all_metrics = is_validated or self.val_loader is None
+        if config.scheduler_interval == "epoch" and self.schedulers:
+            trainer.set_phase(TrainerPhase.SCHEDULER_EPOCH_STEP)
+            self._step_schedulers(logs if has_all_metrics else None)
+        if self.early_stopping.is_on and has_all_metrics:
+            self._stop_early(logs)
+        if config.monitor is not None and has_all_metrics:
+            required(logs, config.monitor, "checkpoint.monitor")
+        trainer.set_phase(TrainerPhase.EPOCH_END)
+        trainer.logs = logs
+        trainer.call_hooks("on_epoch_end", epoch, logs)
+        self._log(logs)
+        shown = {key: value for key, value in logs.items() if "_model_" not in key and isinstance(value, (int, float))}
+        _LOGGER.info("epoch %d: %s", epoch, ", ".join(f"{key} {value:.6g}" for key, value in shown.items()))
+        is_last = epoch + 1 == config.max_epochs or self._is_over()
+        # The save at the end says that the run is complete, and has the same name.
+        if not is_last or not config.checkpoint.save_last:
+            interval = config.save_every_n_epochs
+            if (interval is not None and (epoch + 1) % interval == 0) or self._minutes_are_over():
+                trainer.save_checkpoint()
+
+    def _complete(self) -> None:
+        trainer = self.trainer
+        trainer.set_phase(TrainerPhase.TRAINING_COMPLETE)
+        if trainer.config.checkpoint.save_last:
+            trainer.save_checkpoint()
+        trainer.call_hooks("on_training_end", trainer.logs)
+
+    def _boundary(self, *, has_stepped: bool = False) -> None:
+        """Save, leave or stop where a checkpoint can be written."""
+        trainer, config = self.trainer, self.trainer.config
+        self._leave_if_asked()
+        interval = config.save_every_n_steps
+        is_due = interval is not None and trainer.global_step % interval == 0
+        if has_stepped and (self._minutes_are_over() or is_due):
+            trainer.save_checkpoint()
+        if trainer.stop_training:
+            raise _CutShort
+        # With the last batch of an epoch the epoch is finished first.
+        if self._is_over() and not self.train_is_over and self._batch_idx != _length(self.train_loader):
+            raise _CutShort
+
+    def _leave_if_asked(self) -> None:
+        """Save and leave if a signal has come, on all ranks alike."""
+        flags = self.trainer.signal_flags
+        device = device_of(self.trainer.model)
+        interrupted, requested = agreed([int(flags.interrupted), int(bool(flags.received))], device)
+        if interrupted:
+            self.trainer.save_checkpoint(emergency=True)
+            raise KeyboardInterrupt("the run was saved and can be resumed")
+        if requested and self.trainer.handle_preemption():
+            raise Preempted
+
+    def _is_over(self) -> bool:
+        trainer = self.trainer
+        steps = trainer.config.max_steps
+        return (
+            trainer.stop_training
+            or (steps is not None and trainer.global_step >= steps)
+            or self.early_stopping.all_stopped()
+        )
+
+    def _minutes_are_over(self) -> bool:
+        minutes = self.trainer.config.save_every_n_minutes
+        if minutes is None:
+            return False
+        is_over = time.monotonic() - self._last_save >= 60 * minutes
+        return bool(agreed([int(is_over)], device_of(self.trainer.model))[0])
+
+    def _count_step(self) -> None:
+        trainer = self.trainer
+        trainer.global_step += 1
+        if trainer.config.scheduler_interval == "step" and self.schedulers:
+            trainer.set_phase(TrainerPhase.SCHEDULER_BATCH_STEP)
+            self._step_schedulers(None)
+        self._steps_in_this_process += 1
+
+    def _step_schedulers(self, logs: Mapping[str, Any] | None) -> None:
+        trainer = self.trainer
+        metric = trainer.config.monitor or trainer.config.early_stopping_metric
+        if any(isinstance(scheduler, ReduceLROnPlateau) for scheduler in self.schedulers) and logs is not None:
+            required(logs, metric, "the metric of the plateau scheduler (checkpoint.monitor or early_stopping_metric)")
+        step_schedulers(
+            self.schedulers,
+            None if logs is None else trainer.model_metrics.get(metric) or [logs.get(metric)],
+            resumed_before_first_step=trainer.global_step > 0 and not self._steps_in_this_process,
+        )
+
+    def _stop_early(self, logs: Mapping[str, Any]) -> None:
+        key = self.trainer.config.early_stopping_metric
+        if self.training.num_freezable == self.training.num_models:
+            values = required(self.trainer.model_metrics, key, "early_stopping_metric")
+        else:
+            values = [required(logs, key, "early_stopping_metric")]
+        newly = self.early_stopping.update(values)
+        for model in newly:
+            who = "training" if self.training.num_freezable == 1 else f"model {model}"
+            _LOGGER.info("%s stops early: %s", who, self.early_stopping.stopped[model])
+        if newly:
+            self._apply_stops()
+
+    def _apply_stops(self) -> None:
+        self.training.set_active(self.early_stopping.active())
+        if self.early_stopping.all_stopped():
+            self.trainer.stop_training = True
+
+    def _restore_between_epochs(self, resume: tuple[ResumeState, Mapping[str, Any]]) -> None:
+        state, loaders = resume
+        self.train_loader.restore_generators(loaders["train"])
+        if self.val_loader is not None and loaders["val"] is not None:
+            self.val_loader.restore_generators(loaders["val"])
+        if state.rng is not None:
+            restore_rng_state(state.rng)
+
+    def _log_step(self, logs: Mapping[str, Any]) -> None:
+        if self.trainer.global_step % self.trainer.config.log_every_n_steps == 0 and self.loggers:
+            values = MetricSums(self.training.num_models)
+            values.add(logs, self.early_stopping.active())
+            self._log({f"step_{key}": value for key, value in values.means().items()})
+
+    def _log(self, values: Mapping[str, Any]) -> None:
+        numbers = {key: float(value) for key, value in values.items() if isinstance(value, (int, float))}
+        for logger in self.loggers:
+            logger.log(numbers, self.trainer.current_epoch, self.trainer.global_step)
+
+    def _progress(self, title: str, loader: ResumableLoader, done: int) -> Progress:
+        return Progress(title, _length(loader), done, is_wanted=self.trainer.config.logging.console_log)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every submodule is in the mode it was in."""
+    modules = list(model.modules())
+    if isinstance(model, ModelBatch):
+        modules.extend(model.prototype.modules())
+    modes = [module.training for module in modules]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+
+
+def _length(loader: ResumableLoader) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+
+def _num_samples(batch: Any) -> int:
+    """Length of the first tensor of a batch; 0 if there is none."""
+    leaves = pytree.tree_leaves(batch)
+    return next((len(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim()), 0)
+
+
+def _rng(values: Mapping[str, Any] | None) -> RNGState | None:
+    return None if values is None else RNGState(**values)

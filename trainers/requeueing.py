@@ -1,0 +1,73 @@
+"""Whether, after a signal, Slurm is asked to start the job again."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Sequence
+
+from trainers.preemption import (
+    is_at_its_time_limit,
+    is_being_preempted,
+    is_first_rank,
+    job_facts,
+    requeue,
+    slurm_job_id,
+)
+from trainers.settings import GenericTrainerConfig
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class RequeueDecision:
+    """What follows from the signals that came; made before the save, carried out after it.
+
+    Args:
+        config: Of the trainer.
+        signals: Numbers of the signals; 0 for `request_preemption`.
+        count: How often the run was requeued before.
+        has_advanced: Whether this process has made an optimizer step.
+
+    Attributes:
+        counts: 1 if the requeue counts against ``max_preemptions``, else 0. One at the time limit does not where the
+            run has advanced: it would go on for ever only if it ended for ever later.
+        leaves_run: Whether the run is to be left.
+
+    Example:
+        >>> RequeueDecision(GenericTrainerConfig(), [signal.SIGUSR1], 0, True).carry_out()  # outside Slurm
+        False
+    """
+
+    def __init__(self, config: GenericTrainerConfig, signals: Sequence[int], count: int, has_advanced: bool) -> None:
+        self._job_id = slurm_job_id() if config.requeue_job else None
+        requeue_numbers = {0, *(signal.Signals[name] for name in config.requeue_signals)}
+        self._is_certain = any(number in requeue_numbers for number in signals)
+        # Its meaning is known from Slurm only, which is asked after the save: little time is left.
+        self._may_be_cancelled = not self._is_certain and signal.SIGTERM in signals
+        self._is_wanted = self._job_id is not None and (self._is_certain or self._may_be_cancelled)
+        self._is_used_up = self._is_wanted and count >= config.max_preemptions
+        self.leaves_run = not self._is_used_up or config.preemption.exit_on_max_preemptions
+        self.counts = int(self._is_wanted and not self._is_used_up)
+        self._limit = config.max_preemptions
+        if self.counts and self._is_certain and has_advanced and is_first_rank():
+            assert self._job_id is not None
+            self.counts = int(not is_at_its_time_limit(job_facts(self._job_id)))
+
+    def carry_out(self) -> bool:
+        """Requeue the job if that was decided; once, by the first rank.
+
+        Returns:
+            Whether Slurm accepted.
+        """
+        if self._is_used_up:
+            _LOGGER.error(
+                "the run was requeued %d times, which is max_preemptions: it was saved and is not requeued", self._limit
+            )
+            return False
+        if not self._is_wanted or not is_first_rank():
+            return False
+        assert self._job_id is not None
+        if self._may_be_cancelled and not is_being_preempted(job_facts(self._job_id)):
+            _LOGGER.info("SIGTERM without a preemption: job %s was cancelled and is not requeued", self._job_id)
+            return False
+        return requeue(self._job_id)

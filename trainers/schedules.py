@@ -1,0 +1,64 @@
+"""Learning rate schedulers: one for all parameter groups, or a list with one for each."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from trainers.config.errors import ConfigurationError
+from trainers.errors import TrainerError
+
+
+def as_list(scheduler: Any, interval: str) -> list[Any]:
+    """Return all schedulers of a run.
+
+    Args:
+        scheduler: One, a list of them (as `OptimizerFactory.create_lr_scheduler` returns), or None.
+        interval: ``"epoch"`` or ``"step"``, when they are stepped.
+
+    Returns:
+        The schedulers.
+
+    Raises:
+        TrainerError: Something in it is no scheduler, or cannot be saved.
+        ConfigurationError: A plateau scheduler is to be stepped when there is no metric.
+    """
+    schedulers = [] if scheduler is None else list(scheduler) if isinstance(scheduler, (list, tuple)) else [scheduler]
+    for one in schedulers:
+        missing = [name for name in ("step", "state_dict", "load_state_dict") if not callable(getattr(one, name, None))]
+        if missing:
+            raise TrainerError(
+                "scheduler",
+                received=f"a {type(one).__name__} without {', '.join(missing)}",
+                expected="an object with step(), state_dict() and load_state_dict()",
+            )
+        if isinstance(one, ReduceLROnPlateau) and interval == "step":
+            raise ConfigurationError(
+                "scheduler_interval: received 'step' with a ReduceLROnPlateau; expected 'epoch', when there is a metric"
+            )
+    return schedulers
+
+
+def step_schedulers(
+    schedulers: Sequence[Any], values: Sequence[Any] | None, *, resumed_before_first_step: bool
+) -> None:
+    """Step every scheduler once.
+
+    Args:
+        schedulers: All there are.
+        values: What plateau schedulers watch, one value or one per scheduler; None where there was no validation, in
+            which case they wait.
+        resumed_before_first_step: Whether the optimizer's last step was made by the process before. torch would warn
+            that schedulers are stepped before the optimizer.
+    """
+    with warnings.catch_warnings():
+        if resumed_before_first_step:
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
+        for index, scheduler in enumerate(schedulers):
+            if not isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step()
+            elif values is not None:
+                scheduler.step(values[index] if len(values) == len(schedulers) else values[0])

@@ -1,0 +1,280 @@
+"""`GenericTrainerConfig`: what a trainer is told, as flat fields, as groups, or as a mixture."""
+
+from __future__ import annotations
+
+import copy
+import signal
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+
+from trainers.config.errors import ConfigurationError, ValidationError, problem
+from trainers.config.schema import CheckpointConfig, LoggingConfig, PerformanceConfig, PreemptionConfig
+
+if TYPE_CHECKING:
+    from trainers.config.schema import ExperimentConfig
+
+_NOT_GIVEN: Any = object()
+_Value = TypeVar("_Value")
+_PRECISIONS = (None, "16-mixed", "bf16-mixed")
+_NAN_POLICIES = ("stop", "skip", "freeze")
+
+
+class _InGroup(Generic[_Value]):
+    """A flat field that lives in a group, so that both always read equal.
+
+    Args:
+        group: Name of the group.
+        name: The field there.
+        factor: Flat value = group's value times this.
+    """
+
+    def __init__(self, group: str, name: str, factor: int | None = None) -> None:
+        self.group = group
+        self.name = name
+        self.factor = factor
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.flat_name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> _Value: ...
+
+    @overload
+    def __get__(self, instance: object, owner: type) -> _Value: ...
+
+    def __get__(self, instance: object | None, owner: type) -> _Value:
+        if instance is None:
+            # What the dataclass takes for the default of the constructor's argument.
+            return _NOT_GIVEN
+        value = getattr(getattr(instance, self.group), self.name)
+        return value if self.factor is None or value is None else value * self.factor
+
+    def __set__(self, instance: object, value: _Value) -> None:
+        if value is _NOT_GIVEN:
+            return
+        stored: Any = value if self.factor is None or value is None else value / self.factor  # type: ignore[operator]
+        group = getattr(instance, self.group)
+        if not instance.__dict__.get("_complete"):
+            given = getattr(group, self.name)
+            if given not in (getattr(type(group)(), self.name), stored):
+                shown = given if self.factor is None else given * self.factor
+                raise ConfigurationError(
+                    f"{self.flat_name}: received {value!r}, but {self.group}.{self.name} says {shown!r}; "
+                    "expected one of them"
+                )
+            # The group may be the caller's own object.
+            group = copy.copy(group)
+            setattr(instance, self.group, group)
+            explicit = instance.__dict__.setdefault("_explicit", set())
+            explicit.add((self.group, self.name))
+        setattr(group, self.name, stored)
+
+
+@dataclass(kw_only=True)
+class GenericTrainerConfig:
+    """How a `GenericTrainer` trains, saves, resumes and logs.
+
+    Most fields are those of a group under a flat name. Give either, or both where they agree; they read equal.
+
+    Attributes:
+        checkpoint: Group: where, when and what to save.
+        preemption: Group: signals, requeueing and resuming.
+        performance: Group: accumulation, precision and compilation.
+        logging: Group: where metrics are written.
+        max_epochs: Epochs of the whole run.
+        max_steps: Optimizer steps of the whole run; None for no bound.
+        experiment_name: Folder of the checkpoints below ``checkpoint_dir``; None for ``checkpoint_dir`` itself.
+        validate_every_n_epochs: Validation after epochs n, 2n, ... (counted from 1).
+        early_stopping_patience: Stop after so many validations in a row without a new best; None never does. In a
+            `ModelBatch` each model is frozen on its own, and the run stops when none is left.
+        early_stopping_metric: Key of the epoch's logs.
+        early_stopping_mode: ``"min"`` or ``"max"``.
+        scheduler_interval: ``"epoch"`` or ``"step"``.
+        on_nan_loss: What a loss that is NaN or infinite does: ``"stop"`` raises a TrainerError; ``"skip"`` leaves the
+            batch out (single models); ``"freeze"`` freezes the model from then on (models of a `ModelBatch`).
+        checkpoint_dir: Flat name of ``checkpoint.checkpoint_dir``.
+        save_every_n_epochs: Of the same name in ``checkpoint``.
+        save_every_n_steps: Of the same name in ``checkpoint``.
+        save_every_n_minutes: Of the same name in ``checkpoint``.
+        save_top_k: Of the same name in ``checkpoint``.
+        monitor: Of the same name in ``checkpoint``.
+        mode: Of the same name in ``checkpoint``.
+        filename: Of the same name in ``checkpoint``.
+        save_rng_state: ``checkpoint.save_rng``.
+        preemption_timeout: ``preemption.timeout_minutes``, in seconds.
+        signals: Of the same name in ``preemption``.
+        requeue_signals: Of the same name in ``preemption``.
+        requeue_job: Of the same name in ``preemption``.
+        max_preemptions: Of the same name in ``preemption``.
+        auto_resume: Of the same name in ``preemption``.
+        gradient_accumulation_steps: Of the same name in ``performance``. Default: 1.
+        max_grad_norm: ``performance.clip_grad_norm``; None does not clip. Default: 1.
+        mixed_precision: Of the same name in ``performance``.
+        compile_model: Of the same name in ``performance``.
+        log_every_n_steps: Of the same name in ``logging``.
+        log_loss_every_n_steps: Another spelling of ``log_every_n_steps``.
+
+    Raises:
+        ConfigurationError: A field and its group contradict each other.
+        ValidationError: Values out of range, all of them named; it is also a ``ValueError``.
+
+    Example:
+        >>> GenericTrainerConfig(save_top_k=2).checkpoint.save_top_k
+        2
+        >>> GenericTrainerConfig(checkpoint=CheckpointConfig(save_top_k=3)).save_top_k
+        3
+    """
+
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    preemption: PreemptionConfig = field(default_factory=PreemptionConfig)
+    performance: PerformanceConfig = field(default_factory=PerformanceConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    max_epochs: int = 100
+    max_steps: int | None = None
+    experiment_name: str | None = None
+    validate_every_n_epochs: int = 1
+    early_stopping_patience: int | None = None
+    early_stopping_metric: str = "val_loss"
+    early_stopping_mode: str = "min"
+    scheduler_interval: str = "epoch"
+    on_nan_loss: str = "stop"
+
+    checkpoint_dir: _InGroup[str] = _InGroup("checkpoint", "checkpoint_dir")
+    save_every_n_epochs: _InGroup[int | None] = _InGroup("checkpoint", "save_every_n_epochs")
+    save_every_n_steps: _InGroup[int | None] = _InGroup("checkpoint", "save_every_n_steps")
+    save_every_n_minutes: _InGroup[float | None] = _InGroup("checkpoint", "save_every_n_minutes")
+    save_top_k: _InGroup[int] = _InGroup("checkpoint", "save_top_k")
+    monitor: _InGroup[str | None] = _InGroup("checkpoint", "monitor")
+    mode: _InGroup[str] = _InGroup("checkpoint", "mode")
+    filename: _InGroup[str] = _InGroup("checkpoint", "filename")
+    save_rng_state: _InGroup[bool] = _InGroup("checkpoint", "save_rng")
+    preemption_timeout: _InGroup[float] = _InGroup("preemption", "timeout_minutes", factor=60)
+    signals: _InGroup[list[Any]] = _InGroup("preemption", "signals")
+    requeue_signals: _InGroup[list[Any]] = _InGroup("preemption", "requeue_signals")
+    requeue_job: _InGroup[bool] = _InGroup("preemption", "requeue_job")
+    max_preemptions: _InGroup[int] = _InGroup("preemption", "max_preemptions")
+    auto_resume: _InGroup[bool] = _InGroup("preemption", "auto_resume")
+    gradient_accumulation_steps: _InGroup[int] = _InGroup("performance", "gradient_accumulation_steps")
+    max_grad_norm: _InGroup[float | None] = _InGroup("performance", "clip_grad_norm")
+    mixed_precision: _InGroup[str | None] = _InGroup("performance", "mixed_precision")
+    compile_model: _InGroup[bool] = _InGroup("performance", "compile_model")
+    log_every_n_steps: _InGroup[int] = _InGroup("logging", "log_every_n_steps")
+    log_loss_every_n_steps: _InGroup[int] = _InGroup("logging", "log_every_n_steps")
+
+    def __post_init__(self) -> None:
+        explicit = self.__dict__.pop("_explicit", set())
+        self.performance = copy.copy(self.performance)
+        if self.performance.gradient_accumulation_steps is None:
+            self.performance.gradient_accumulation_steps = 1
+        if self.performance.clip_grad_norm is None and ("performance", "clip_grad_norm") not in explicit:
+            self.performance.clip_grad_norm = 1.0
+        self.preemption = copy.copy(self.preemption)
+        handled, requeued = _as_signals("signals", self.signals), _as_signals("requeue_signals", self.requeue_signals)
+        self.preemption.signals = [number.name for number in handled]
+        if ("preemption", "requeue_signals") not in explicit and ("preemption", "signals") in explicit:
+            # The default names signals that the caller may have left out.
+            requeued = [number for number in requeued if number in handled]
+        self.preemption.requeue_signals = [number.name for number in requeued]
+        self._complete = True
+        problems = self._problems()
+        if problems:
+            raise ValidationError(problems, "GenericTrainerConfig")
+
+    @classmethod
+    def from_experiment_config(cls, config: ExperimentConfig) -> GenericTrainerConfig:
+        """Take from an experiment's configuration what concerns the trainer.
+
+        Args:
+            config: Of the experiment; not changed.
+
+        Returns:
+            The trainer's configuration.
+
+        Example:
+            >>> from trainers.config.schema import DataConfig, ExperimentConfig, ModelConfig, OptimizerConfig
+            >>> from trainers.config.schema import TrainingConfig
+            >>> sections = ModelConfig("mlp"), TrainingConfig(epochs=3), DataConfig("digits"), OptimizerConfig()
+            >>> GenericTrainerConfig.from_experiment_config(ExperimentConfig("first", *sections)).max_epochs
+            3
+        """
+        training = config.training
+        return cls(
+            checkpoint=config.checkpoint,
+            preemption=config.preemption,
+            performance=config.performance,
+            logging=config.logging,
+            max_epochs=training.epochs,
+            max_steps=training.max_steps,
+            experiment_name=config.experiment_name,
+            validate_every_n_epochs=training.validation_every_n_epochs,
+            early_stopping_patience=training.early_stopping_patience,
+            early_stopping_metric=training.early_stopping_metric,
+            early_stopping_mode=training.early_stopping_mode,
+            # Said expressly: None switches clipping off, where in the group it means "not given".
+            max_grad_norm=config.performance.clip_grad_norm,
+        )
+
+    def signal_numbers(self) -> list[signal.Signals]:
+        """Return the signals that make the trainer save and stop."""
+        return [signal.Signals[name] for name in self.preemption.signals]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the groups and the fields that belong to none, as plain dicts.
+
+        Example:
+            >>> GenericTrainerConfig(max_epochs=3).to_dict()["max_epochs"]
+            3
+        """
+        flat = {entry.name for entry in fields(self) if isinstance(vars(type(self)).get(entry.name), _InGroup)}
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in flat}
+        for group in ("checkpoint", "preemption", "performance", "logging"):
+            values[group] = asdict(values[group])
+        return values
+
+    def _problems(self) -> list[str]:
+        problems = []
+        positive = (
+            "max_epochs max_steps validate_every_n_epochs early_stopping_patience save_every_n_epochs "
+            "save_every_n_steps save_every_n_minutes preemption_timeout gradient_accumulation_steps max_grad_norm "
+            "log_every_n_steps"
+        )
+        optional = {"max_epochs", "validate_every_n_epochs", "gradient_accumulation_steps", "log_every_n_steps"}
+        for name in positive.split():
+            value = getattr(self, name)
+            if value is None and name not in optional:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                problems.append(problem(name, value, "more than 0"))
+        if not self.checkpoint.timeout_seconds > 0:
+            problems.append(problem("checkpoint.timeout_seconds", self.checkpoint.timeout_seconds, "more than 0"))
+        if self.max_preemptions < 0:
+            problems.append(problem("max_preemptions", self.max_preemptions, "0 or more"))
+        if self.save_top_k < 1 and self.save_top_k != -1:
+            problems.append(problem("save_top_k", self.save_top_k, "1 or more, or -1 to keep all"))
+        for name, legal in (
+            ("mode", ("min", "max")),
+            ("early_stopping_mode", ("min", "max")),
+            ("scheduler_interval", ("epoch", "step")),
+            ("mixed_precision", _PRECISIONS),
+            ("on_nan_loss", _NAN_POLICIES),
+        ):
+            if getattr(self, name) not in legal:
+                problems.append(problem(name, getattr(self, name), " or ".join(map(repr, legal))))
+        strangers = [name for name in self.requeue_signals if name not in self.signals]
+        if strangers:
+            problems.append(problem("requeue_signals", strangers, f"some of signals = {self.signals}"))
+        return problems
+
+
+def _as_signals(name: str, values: Any) -> list[signal.Signals]:
+    """One signal or several, as names, numbers or members of ``signal.Signals``."""
+    found = []
+    for value in values if isinstance(values, (list, tuple)) else [values]:
+        try:
+            found.append(signal.Signals[value] if isinstance(value, str) else signal.Signals(value))
+        except (KeyError, ValueError) as error:
+            raise ValidationError(
+                problem(name, value, "a signal of this platform, such as 'SIGUSR1'"), "GenericTrainerConfig"
+            ) from error
+    return found

@@ -1,0 +1,194 @@
+"""What a checkpoint holds: collected from a run, and given back to one."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trainers.checkpoint_files import FORMAT_VERSION, to_plain, with_types_of
+from trainers.errors import TrainerError
+from trainers.preemption import gathered_from_ranks, rank
+from trainers.states import ResumeState, RNGState, rng_to_dict
+
+if TYPE_CHECKING:
+    from trainers.callbacks import TrainingCallback
+    from trainers.generic import GenericTrainer
+    from trainers.loop import TrainingLoop
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def collect(trainer: GenericTrainer, loop: TrainingLoop, state: ResumeState) -> dict[str, Any]:
+    """Return the whole state of a run as plain data.
+
+    Args:
+        trainer: That trains.
+        loop: Its run.
+        state: Where it is.
+
+    Returns:
+        A dict for `CheckpointStore.save`. Tensors that are on the CPU are the run's own, not copies.
+
+    Raises:
+        TrainerError: Something that is to be saved is no plain data; names it.
+    """
+    settings = trainer.config.checkpoint
+    scaler = loop.training.scaler
+    own = {"rng": state.to_dict()["rng"], "loader_state": _loader_state(loop)}
+    resume_state = {**state.to_dict(), "rng": None}
+    return {
+        "format_version": FORMAT_VERSION,
+        "experiment_name": trainer.config.experiment_name,
+        "save_timestamp": time.time(),
+        "epoch": state.epoch,
+        "global_step": state.global_step,
+        "model_state_dict": to_plain(trainer.model.state_dict(), "the model's state_dict()"),
+        "optimizer_state_dict": to_plain(trainer.optimizer.state_dict(), "the optimizer's state_dict()")
+        if settings.save_optimizer
+        else None,
+        "scheduler_state_dict": [
+            to_plain(scheduler.state_dict(), "the scheduler's state_dict()") for scheduler in loop.schedulers
+        ]
+        if settings.save_scheduler and loop.schedulers
+        else None,
+        "scaler_state_dict": None if scaler is None else to_plain(scaler.state_dict(), "the scaler"),
+        "resume_state": resume_state,
+        **_of_first_rank(to_plain(gathered_from_ranks(own), "the state of the loaders"), resume_state),
+        "metrics": to_plain(trainer.logs, "logs"),
+        "early_stopping": loop.early_stopping.state_dict(),
+        "preemption_count": trainer.preemption_count,
+        "callbacks": [_callback_state(callback) for callback in trainer.callbacks],
+        "trackers": {logger.name: to_plain(logger.state_dict(), logger.name) for logger in loop.loggers},
+        "config": to_plain(trainer.config.to_dict(), "config"),
+        "environment": _environment(),
+    }
+
+
+def own_rank(content: Mapping[str, Any]) -> tuple[ResumeState, dict[str, Any]]:
+    """Return this process's part of a checkpoint.
+
+    Args:
+        content: Of the checkpoint.
+
+    Returns:
+        Where the run goes on, and the state of its loaders.
+
+    Raises:
+        TrainerError: It is of another version, or of fewer processes.
+    """
+    others = content["other_ranks"]
+    if rank() > len(others):
+        raise TrainerError(
+            f"rank {rank()} at resume", received=f"a checkpoint of {len(others) + 1} processes", expected="as many"
+        )
+    if rank() == 0:
+        return ResumeState.from_dict(content["resume_state"]), content["loader_state"]
+    own = others[rank() - 1]
+    return ResumeState.from_dict({**content["resume_state"], "rng": own["rng"]}), own["loader_state"]
+
+
+def apply_objects(trainer: GenericTrainer, schedulers: Sequence[Any], content: Mapping[str, Any]) -> None:
+    """Load model, optimizer and schedulers.
+
+    Args:
+        trainer: That has them.
+        schedulers: All there are.
+        content: Of the checkpoint.
+
+    Raises:
+        RuntimeError: They are of another shape (torch's own message).
+        TrainerError: Another number of schedulers.
+    """
+    trainer.model.load_state_dict(content["model_state_dict"])
+    if content["optimizer_state_dict"] is None:
+        _LOGGER.warning("the checkpoint has no optimizer state (checkpoint.save_optimizer is off): it starts anew")
+    else:
+        trainer.optimizer.load_state_dict(content["optimizer_state_dict"])
+    states = content["scheduler_state_dict"]
+    if states is None:
+        if schedulers:
+            _LOGGER.warning("the checkpoint has no scheduler state: the schedule starts anew")
+        return
+    if len(states) != len(schedulers):
+        raise TrainerError(
+            "schedulers at resume",
+            received=f"{len(schedulers)}",
+            expected=f"{len(states)}, as in the run that is continued",
+        )
+    for scheduler, state in zip(schedulers, states, strict=True):
+        scheduler.load_state_dict(with_types_of(state, scheduler.state_dict()))
+
+
+def apply_run(trainer: GenericTrainer, loop: TrainingLoop, content: Mapping[str, Any]) -> None:
+    """Load everything else that belongs to a run, but its position and the random generators.
+
+    Args:
+        trainer: That trains.
+        loop: Its run.
+        content: Of the checkpoint.
+    """
+    scaler = loop.training.scaler
+    if scaler is not None and content["scaler_state_dict"] is not None:
+        scaler.load_state_dict(content["scaler_state_dict"])
+    loop.early_stopping.load_state_dict(content["early_stopping"])
+    loop.training.set_active(loop.early_stopping.active())
+    trainer.store.best = content["best"]
+    trainer.logs = dict(content["metrics"])
+    trainer.preemption_count = content["preemption_count"]
+    _restore_callbacks(trainer.callbacks, content["callbacks"])
+    for key, value in _environment().items():
+        if content["environment"].get(key) != value:
+            _LOGGER.warning(
+                "%s was %s when the checkpoint was written and is %s now: the run goes on validly, but its numbers may "
+                "differ in the last digits from those of an uninterrupted one",
+                key,
+                content["environment"].get(key),
+                value,
+            )
+
+
+def _loader_state(loop: TrainingLoop) -> dict[str, Any]:
+    start: RNGState | None = loop.epoch_start_rng
+    return {
+        "train": loop.train_loader.state_dict(),
+        "val": None if loop.val_loader is None else loop.val_loader.state_dict(),
+        "epoch_start_rng": None if start is None else rng_to_dict(start),
+        "train_is_over": loop.train_is_over,
+    }
+
+
+def _of_first_rank(states: list[dict[str, Any]], resume_state: dict[str, Any]) -> dict[str, Any]:
+    """Put rank 0's part where a run of one process has it."""
+    resume_state["rng"] = states[0]["rng"]
+    return {"loader_state": states[0]["loader_state"], "other_ranks": states[1:]}
+
+
+def _callback_state(callback: TrainingCallback) -> dict[str, Any]:
+    name = type(callback).__name__
+    state = callback.state_dict() if hasattr(callback, "state_dict") else None
+    return {"class": name, "state": to_plain(state, f"the state_dict() of callback {name}")}
+
+
+def _restore_callbacks(callbacks: Sequence[TrainingCallback], saved: Sequence[Mapping[str, Any]]) -> None:
+    names, saved_names = [type(callback).__name__ for callback in callbacks], [entry["class"] for entry in saved]
+    if names != saved_names:
+        _LOGGER.warning(
+            "the run had the callbacks %s and has %s now: states are restored by class name", saved_names, names
+        )
+    left = list(saved)
+    for callback in callbacks:
+        place = next((i for i, entry in enumerate(left) if entry["class"] == type(callback).__name__), None)
+        if place is None:
+            continue
+        entry = left.pop(place)
+        if entry["state"] is not None and hasattr(callback, "load_state_dict"):
+            callback.load_state_dict(entry["state"])
+
+
+def _environment() -> dict[str, Any]:
+    """What bit-identity depends on beside the state."""
+    return {"torch": str(torch.__version__), "threads": torch.get_num_threads()}

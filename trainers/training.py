@@ -1,0 +1,323 @@
+"""How one batch trains: a single module through autograd, a `ModelBatch` with a loss function through its fused step.
+
+Both look alike to the loop: `train_batch` takes a batch and says what it measured and whether the optimizer stepped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from mb_torch import GradScaler, ModelBatch
+from trainers.config.errors import ConfigurationError
+from trainers.errors import TrainerError
+from trainers.settings import GenericTrainerConfig
+from trainers.states import TrainerPhase
+
+_LOGGER = logging.getLogger(__name__)
+_HALF_TYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
+
+
+class BatchResult(NamedTuple):
+    """What came of one training batch.
+
+    Attributes:
+        logs: What the training step returned.
+        has_stepped: Whether the optimizer made a step.
+        is_skipped: Whether the batch was left out because of its loss.
+    """
+
+    logs: dict[str, Any]
+    has_stepped: bool
+    is_skipped: bool = False
+
+
+class Training(Protocol):
+    """What the loop needs of a way to train.
+
+    Attributes:
+        num_models: How many are trained at once; None for a single module.
+        num_freezable: How many can be stopped one by one; 1 stands for the run as a whole.
+        scaler: Of the losses in float16; None otherwise.
+        micro_step: Batches since the last optimizer step.
+    """
+
+    num_models: int | None
+    num_freezable: int
+    scaler: Any
+    micro_step: int
+
+    def train_batch(self, batch: Any, batch_idx: int) -> BatchResult:
+        """Train on one batch, with an optimizer step where one is due."""
+
+    def flush(self) -> bool:
+        """Make the optimizer step of an incomplete accumulation; returns whether there was one."""
+
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context for forward passes."""
+
+    def set_active(self, active: Tensor | None) -> None:
+        """Freeze all models but the active ones ``[num_models]``; None is all."""
+
+
+class _Base:
+    """What both ways have in common."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, config: GenericTrainerConfig, scaler: Any
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self.micro_step = 0
+        self.num_models: int | None = model.num_models if isinstance(model, ModelBatch) else None
+        self.num_freezable = 1
+        self._accumulate = config.gradient_accumulation_steps
+        self._max_norm = config.max_grad_norm
+        self._nan_policy = config.on_nan_loss
+        self._half = _HALF_TYPES.get(config.mixed_precision or "")
+        self._device = device_of(model)
+
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        """See `Training`."""
+        if self._half is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self._device.type, dtype=self._half)
+
+
+class AutogradTraining(_Base):
+    """A training step that returns a loss, and backward through it.
+
+    Args:
+        model: A module, or a `ModelBatch` whose training step is the user's own.
+        optimizer: Of its parameters.
+        config: Of the trainer.
+        training_step: ``training_step(batch, batch_idx)`` returns a dict with the loss.
+        set_phase: Is told what happens.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: GenericTrainerConfig,
+        training_step: Callable[[Any, int], dict[str, Any]],
+        set_phase: Callable[[TrainerPhase], None],
+    ) -> None:
+        super().__init__(model, optimizer, config, _make_scaler(model, config))
+        if self._nan_policy == "freeze":
+            raise ConfigurationError(
+                "on_nan_loss: received 'freeze'; expected 'stop' or 'skip', because models can be frozen only in a "
+                "ModelBatch that is trained with loss_fn="
+            )
+        self._training_step = training_step
+        self._set_phase = set_phase
+        optimizer.zero_grad(set_to_none=True)
+
+    def train_batch(self, batch: Any, batch_idx: int) -> BatchResult:
+        """See `Training`."""
+        self._set_phase(TrainerPhase.TRAIN_BATCH_FORWARD)
+        with self.precision():
+            logs = self._training_step(batch, batch_idx)
+        loss = self._loss_of(logs)
+        is_skipped = self._is_to_be_skipped(loss, batch_idx)
+        self.micro_step += 1
+        if not is_skipped:
+            self._set_phase(TrainerPhase.TRAIN_BATCH_BACKWARD)
+            share = loss / self._accumulate
+            scaled = share if self.scaler is None else self.scaler.scale(share)
+            scaled.sum().backward()
+        has_stepped = self._step() if self.micro_step == self._accumulate else False
+        return BatchResult(logs, has_stepped, is_skipped)
+
+    def flush(self) -> bool:
+        """See `Training`."""
+        return self._step() if self.micro_step else False
+
+    def set_active(self, active: Tensor | None) -> None:
+        """Nothing to freeze: where the only model has stopped, the run ends."""
+
+    def _step(self) -> bool:
+        """Clip and update; False if every batch since the last step was skipped."""
+        self.micro_step = 0
+        self._set_phase(TrainerPhase.TRAIN_BATCH_OPTIM_STEP)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if all(parameter.grad is None for parameter in parameters):
+            return False
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        if self._max_norm is not None:
+            if isinstance(self.model, ModelBatch):
+                self.model.clip_grad_norm_(self._max_norm)
+            else:
+                torch.nn.utils.clip_grad_norm_(parameters, self._max_norm)
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return True
+
+    def _loss_of(self, logs: Any) -> Tensor:
+        if not isinstance(logs, dict) or "loss" not in logs:
+            received = f"a dict with the keys {sorted(logs)}" if isinstance(logs, dict) else f"a {type(logs).__name__}"
+            raise TrainerError("training_step", received=received, expected="a dict with the key 'loss'")
+        loss = logs["loss"]
+        is_per_model = self.num_models is not None and isinstance(loss, Tensor) and loss.shape == (self.num_models,)
+        if not isinstance(loss, Tensor) or (loss.numel() != 1 and not is_per_model) or not loss.requires_grad:
+            received = f"a tensor {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            raise TrainerError(
+                "training_step: 'loss'",
+                received=received + (" without a gradient" if isinstance(loss, Tensor) else ""),
+                expected="a tensor of one element that depends on the model's parameters",
+            )
+        return loss if is_per_model else loss.reshape(())
+
+    def _is_to_be_skipped(self, loss: Tensor, batch_idx: int) -> bool:
+        if bool(loss.detach().isfinite().all()):
+            return False
+        if self._nan_policy == "stop":
+            raise _not_finite(f"batch {batch_idx}: the loss", loss.detach().tolist(), "'skip' leaves such batches out")
+        _LOGGER.warning("batch %d is skipped: its loss is %s", batch_idx, loss.detach().tolist())
+        return True
+
+
+class FusedTraining(_Base):
+    """The fused step of a `ModelBatch`.
+
+    Args:
+        model: The batch.
+        optimizer: Made by `OptimizerFactory`, or any over the batch's parameters.
+        config: Of the trainer.
+        loss_fn: ``loss_fn(outputs_i, targets_i)``.
+        set_phase: Is told what happens.
+        freeze: Is told which models' losses are not finite.
+    """
+
+    def __init__(
+        self,
+        model: ModelBatch,
+        optimizer: torch.optim.Optimizer,
+        config: GenericTrainerConfig,
+        loss_fn: Callable[..., Any],
+        set_phase: Callable[[TrainerPhase], None],
+        freeze: Callable[[dict[int, float]], None],
+    ) -> None:
+        super().__init__(model, optimizer, config, _make_scaler(model, config))
+        if self._nan_policy == "skip":
+            raise ConfigurationError(
+                "on_nan_loss: received 'skip'; expected 'stop' or 'freeze' for a ModelBatch, whose fused step has "
+                "updated all models before their losses are seen"
+            )
+        freezes = self._nan_policy == "freeze" or config.early_stopping_patience is not None
+        if freezes and getattr(optimizer, "num_models", None) != model.num_models:
+            # Found out at the first model to be frozen otherwise, which may be after hours.
+            raise ConfigurationError(
+                f"optimizer: received a {type(optimizer).__name__} over stacked parameters, which updates all models "
+                "or none; expected one made by OptimizerFactory, because early stopping and on_nan_loss='freeze' freeze "
+                "models one by one"
+            )
+        self.num_freezable = model.num_models
+        self._set_phase = set_phase
+        self._freeze = freeze
+        self._trains = torch.ones(model.num_models, dtype=torch.bool)
+        self._fused = model.make_train_step(
+            loss_fn, optimizer, clip_norm=config.max_grad_norm, accumulate=self._accumulate, scaler=self.scaler
+        )
+
+    def train_batch(self, batch: Any, batch_idx: int) -> BatchResult:
+        """See `Training`."""
+        self._set_phase(TrainerPhase.TRAIN_BATCH_FORWARD)
+        inputs, targets = as_pair(batch, self._device)
+        with self.precision():
+            losses = self._fused(inputs, targets).cpu()
+        bad = self._trains & ~losses.isfinite()
+        if bool(bad.any()):
+            values = {model: float(losses[model]) for model in bad.nonzero().flatten().tolist()}
+            if self._nan_policy == "stop":
+                raise _not_finite(f"batch {batch_idx}: the loss of models", values, "'freeze' stops these models only")
+            self._freeze(values)
+        self.micro_step = (self.micro_step + 1) % self._accumulate
+        return BatchResult({"loss": losses}, self.micro_step == 0)
+
+    def flush(self) -> bool:
+        """See `Training`."""
+        if not self.micro_step:
+            return False
+        self._set_phase(TrainerPhase.TRAIN_BATCH_OPTIM_STEP)
+        self._fused.flush()
+        self.micro_step = 0
+        return True
+
+    def set_active(self, active: Tensor | None) -> None:
+        """See `Training`."""
+        self._fused.active = active
+        self._trains = torch.ones_like(self._trains) if active is None else active
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model's parameters are; the CPU for a model without any.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The device of its first parameter.
+
+    Example:
+        >>> device_of(nn.Linear(1, 1))
+        device(type='cpu')
+    """
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def as_pair(batch: Any, device: torch.device) -> tuple[Any, Any]:
+    """Return ``(inputs, targets)`` on the model's device.
+
+    Args:
+        batch: A pair of tensors or pytrees.
+        device: Where to.
+
+    Raises:
+        TrainerError: It is no pair.
+    """
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        length = f" of length {len(batch)}" if isinstance(batch, (tuple, list, dict)) else ""
+        raise TrainerError(
+            "a batch for loss_fn",
+            received=f"a {type(batch).__name__}{length}",
+            expected="a pair (inputs, targets)",
+            fix="Override training_step for batches of another form.",
+        )
+
+    def moved(leaf: Any) -> Any:
+        return leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf
+
+    inputs, targets = pytree.tree_map(moved, tuple(batch))
+    return inputs, targets
+
+
+def _make_scaler(model: nn.Module, config: GenericTrainerConfig) -> Any:
+    """A scaler for float16, with one scale per model for a batch."""
+    if config.mixed_precision != "16-mixed":
+        return None
+    device = device_of(model)
+    if isinstance(model, ModelBatch):
+        return GradScaler(model.num_models, device=device)
+    return torch.amp.GradScaler(device.type)
+
+
+def _not_finite(what: str, values: Any, other_policy: str) -> TrainerError:
+    return TrainerError(
+        what,
+        received=values,
+        expected="finite numbers",
+        fix=f"Lower the learning rate or look at the data; on_nan_loss={other_policy}.",
+    )
