@@ -52,6 +52,7 @@ def test_every_kind_of_loader(loader: str, tmp_path: Path) -> None:
         assert_identical(final_state(resumed), whole, f"stopped at event {event}: ")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("loader", "event"), [("shuffled", 1), ("generator", 7), ("weighted", 3), ("stream", 1), ("stateful", 8)]
 )
