@@ -402,8 +402,7 @@ class GenericTrainer(TrainerHooks):
             raise
         finally:
             self.signal_flags.restore()
-            for logger in loop.loggers:
-                logger.close()
+            loop.close()
 
     def _has_advanced(self) -> bool:
         return self.global_step > self._step_at_start

@@ -158,6 +158,14 @@ class TrainingLoop:
             phase, trainer.current_epoch, trainer.global_step, train=train, val=val, rng=rng, timestamp=time.time()
         )
 
+    def close(self) -> None:
+        """Let loader processes and log files go; the state of the run can still be saved."""
+        for loader in (self.train_loader, self.val_loader):
+            if loader is not None:
+                loader.close()
+        for logger in self.loggers:
+            logger.close()
+
     def was_saved(self) -> None:
         """Start counting the minutes to the next save."""
         self._last_save = time.monotonic()

@@ -221,8 +221,8 @@ class FusedTraining(_Base):
             # Found out at the first model to be frozen otherwise, which may be after hours.
             raise ConfigurationError(
                 f"optimizer: received a {type(optimizer).__name__} over stacked parameters, which updates all models "
-                "or none; expected one made by OptimizerFactory, because early stopping and on_nan_loss='freeze' freeze "
-                "models one by one"
+                "or none; expected one made by OptimizerFactory, because early stopping and on_nan_loss='freeze' "
+                "freeze models one by one"
             )
         self.num_freezable = model.num_models
         self._set_phase = set_phase
