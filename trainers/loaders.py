@@ -130,7 +130,6 @@ class _ListLoader:
     def restore_generators(self, state: Mapping[str, Any]) -> None:
         """A list has none."""
 
-
     def close(self) -> None:
         """A list has no workers."""
 
@@ -174,7 +173,6 @@ class _SkippingLoader:
     def restore_generators(self, state: Mapping[str, Any]) -> None:
         if _is_same_loader(self._name, state, "skipping", self._generators):
             set_generators(self._name, self._generators, state["generators"])
-
 
     def close(self) -> None:
         """The workers go with the iterator, which the loop alone holds."""
