@@ -89,15 +89,26 @@ def make_model() -> nn.Module:
 
 
 def make_objects(kind: str) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
-    """Model, optimizer and scheduler: of one model, or of three in a batch."""
+    """Model, optimizer and scheduler: of one model, or of three in a batch; "xla" is a batch on that backend."""
+    _seed()
+    objects = _objects(kind)
+    # The first batch on a backend imports packages that draw random numbers.
+    _seed()
+    return objects
+
+
+def _seed() -> None:
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
+
+
+def _objects(kind: str) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
     if kind == "single":
         model = make_model()
         optimizer = torch.optim.Adam(model.parameters(), 0.01)
         return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
-    batch = ModelBatch([make_model() for _ in range(3)])
+    batch = ModelBatch([make_model() for _ in range(3)], backend="jax" if kind == "xla" else "torch")
     factory = OptimizerFactory(torch.optim.Adam)
     stacked = factory.create_optimizer(batch, create_adam_configs([0.01, 0.02, 0.03]))
     return batch, stacked, factory.create_lr_scheduler(stacked, torch.optim.lr_scheduler.StepLR, [{"step_size": 1}] * 3)

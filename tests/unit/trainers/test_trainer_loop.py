@@ -290,7 +290,8 @@ def test_exceptions_in_hooks_propagate(name: str, where: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("hook", "steps", "epochs_ended"), [("on_batch_end", 2, 0), ("on_epoch_end", 4, 1), ("on_epoch_start", 0, 0)]
+    ("hook", "steps", "epochs_ended"),
+    [("on_batch_end", 2, 0), ("on_batch_end", 4, 0), ("on_epoch_end", 4, 1), ("on_epoch_start", 0, 0)],
 )
 def test_stop_training(hook: str, steps: int, epochs_ended: int, tmp_path: Path) -> None:
     ended = []
@@ -305,7 +306,7 @@ def test_stop_training(hook: str, steps: int, epochs_ended: int, tmp_path: Path)
             ended.append(self.global_step)
 
     def stops(self: Any, *arguments: Any) -> None:
-        if hook == "on_epoch_start" or arguments[0] == 1:
+        if hook == "on_epoch_start" or arguments[0] + 1 == steps:
             self.stop_training = True
 
     if hook != "on_epoch_end":
