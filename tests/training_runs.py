@@ -22,7 +22,7 @@ from trainers.settings import GenericTrainerConfig
 from trainers.states import capture_rng_state, rng_to_dict
 
 ROWS, BATCH, EPOCHS = 14, 4, 3
-LOADERS = ("list", "shuffled", "generator", "weighted", "iterable", "stream", "batch_sampler", "stateful")
+LOADERS = ("list", "shuffled", "generator", "weighted", "iterable", "stream", "batch_sampler", "stateful", "subclass")
 
 
 class Rows(Dataset):
@@ -45,6 +45,10 @@ class Stream(IterableDataset):
     def __iter__(self) -> Iterator[Any]:
         rows = Rows()
         return (rows[index] for index in range(len(rows)))
+
+
+class OwnLoader(DataLoader):
+    """A loader whose class may do anything."""
 
 
 class Again:
@@ -77,6 +81,8 @@ def make_loader(kind: str, workers: int = 0) -> Any:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
             return StatefulDataLoader(Rows(), batch_size=BATCH, shuffle=True, num_workers=workers)
+    if kind == "subclass":
+        return OwnLoader(Rows(), BATCH, shuffle=True, num_workers=workers, generator=torch.Generator().manual_seed(5))
     generator = torch.Generator().manual_seed(5) if kind == "generator" else None
     persistent = workers > 0
     return DataLoader(

@@ -192,6 +192,8 @@ class AutogradTraining(_Base):
 class FusedTraining(_Base):
     """The fused step of a `ModelBatch`.
 
+    The losses of every batch are waited for: only then is known whether they are finite.
+
     Args:
         model: The batch.
         optimizer: Made by `OptimizerFactory`, or any over the batch's parameters.
