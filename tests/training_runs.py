@@ -22,7 +22,7 @@ from trainers.settings import GenericTrainerConfig
 from trainers.states import capture_rng_state, rng_to_dict
 
 ROWS, BATCH, EPOCHS = 14, 4, 3
-LOADERS = ("list", "shuffled", "generator", "weighted", "iterable", "stream", "batch_sampler", "stateful")
+LOADERS = ("list", "shuffled", "generator", "weighted", "iterable", "stream", "batch_sampler", "stateful", "subclass")
 
 
 class Rows(Dataset):
@@ -45,6 +45,10 @@ class Stream(IterableDataset):
     def __iter__(self) -> Iterator[Any]:
         rows = Rows()
         return (rows[index] for index in range(len(rows)))
+
+
+class OwnLoader(DataLoader):
+    """A loader whose class may do anything."""
 
 
 class Again:
@@ -77,6 +81,8 @@ def make_loader(kind: str, workers: int = 0) -> Any:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
             return StatefulDataLoader(Rows(), batch_size=BATCH, shuffle=True, num_workers=workers)
+    if kind == "subclass":
+        return OwnLoader(Rows(), BATCH, shuffle=True, num_workers=workers, generator=torch.Generator().manual_seed(5))
     generator = torch.Generator().manual_seed(5) if kind == "generator" else None
     persistent = workers > 0
     return DataLoader(
@@ -89,15 +95,26 @@ def make_model() -> nn.Module:
 
 
 def make_objects(kind: str) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
-    """Model, optimizer and scheduler: of one model, or of three in a batch."""
+    """Model, optimizer and scheduler: of one model, or of three in a batch; "xla" is a batch on that backend."""
+    _seed()
+    objects = _objects(kind)
+    # The first batch on a backend imports packages that draw random numbers.
+    _seed()
+    return objects
+
+
+def _seed() -> None:
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
+
+
+def _objects(kind: str) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
     if kind == "single":
         model = make_model()
         optimizer = torch.optim.Adam(model.parameters(), 0.01)
         return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
-    batch = ModelBatch([make_model() for _ in range(3)])
+    batch = ModelBatch([make_model() for _ in range(3)], backend="jax" if kind == "xla" else "torch")
     factory = OptimizerFactory(torch.optim.Adam)
     stacked = factory.create_optimizer(batch, create_adam_configs([0.01, 0.02, 0.03]))
     return batch, stacked, factory.create_lr_scheduler(stacked, torch.optim.lr_scheduler.StepLR, [{"step_size": 1}] * 3)

@@ -119,7 +119,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def read_header(path: Path, *, map_file: bool = True) -> dict[str, Any]:
-    """Content of a file; with ``map_file`` tensors are not read before they are used."""
+    """Read a checkpoint without looking at every byte.
+
+    Args:
+        path: Of the file.
+        map_file: Whether tensors are read only when they are used.
+
+    Returns:
+        Its content.
+
+    Raises:
+        DamagedCheckpointError: It cannot be read, or is something else.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=map_file)
     except Exception as error:  # torch.load has no one error for a damaged file
@@ -137,7 +148,17 @@ def read_header(path: Path, *, map_file: bool = True) -> dict[str, Any]:
 def write_checkpoint(
     content: dict[str, Any], path: Path, deadline: float, timeout_error: Callable[[], TrainerError]
 ) -> None:
-    """Write in a thread, so that a file system that hangs cannot hold the trainer beyond the deadline."""
+    """Write a checkpoint in a thread, so that a file system that hangs cannot hold the trainer beyond the deadline.
+
+    Args:
+        content: Plain data, see `to_plain`.
+        path: Of the file; one that exists is replaced when the new one is complete.
+        deadline: On `time.monotonic`'s clock.
+        timeout_error: Makes the error for a save that is not done by then.
+
+    Raises:
+        TrainerError: From ``timeout_error``; no file has changed.
+    """
     decision = threading.Lock()
     is_committed = is_abandoned = False
     failures: list[BaseException] = []
@@ -176,7 +197,11 @@ def write_checkpoint(
 
 
 def flush_folder(folder: Path) -> None:
-    """Make a rename survive a crash of the machine."""
+    """Make renames in a folder survive a crash of the machine.
+
+    Args:
+        folder: That was changed.
+    """
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

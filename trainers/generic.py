@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mb_torch import ModelBatch
+from trainers.boundaries import Preempted
 from trainers.checkpoint import CheckpointStore
 from trainers.checkpoint_files import checkpoint_timeout, preemption_timeout, read_checkpoint
 from trainers.config.errors import ConfigurationError
@@ -19,12 +20,11 @@ from trainers.errors import MissingCheckpointError, TrainerError
 from trainers.hooks import TrainerHooks
 from trainers.loaders import make_resumable
 from trainers.loggers import make_loggers, messages_as_configured
-from trainers.loop import Preempted, TrainingLoop
+from trainers.loop import TrainingLoop
 from trainers.preemption import SignalFlags, is_first_rank, wait_for_all_ranks
-from trainers.requeueing import RequeueDecision
 from trainers.schedules import as_list
 from trainers.settings import GenericTrainerConfig
-from trainers.snapshot import apply_objects, apply_run, collect, own_rank
+from trainers.snapshot import apply_objects, apply_run, collect, is_finished, own_rank
 from trainers.states import ResumeState, TrainerPhase
 from trainers.training import AutogradTraining, FusedTraining, Training, as_pair, device_of
 
@@ -106,6 +106,7 @@ class GenericTrainer(TrainerHooks):
         self._to_load: dict[str, Any] | None = None
         self._saved_at: tuple[Any, ...] | None = None
         self._compiled: Any = None
+        self._step_at_start = 0
 
     def fit(
         self,
@@ -138,7 +139,7 @@ class GenericTrainer(TrainerHooks):
         with messages_as_configured(self.config.logging):
             loop = self._make_loop(train_loader, val_loader)
             content = self._content_to_resume()
-            if content is not None and self._is_finished(content):
+            if content is not None and is_finished(content, self.config):
                 apply_objects(self, loop.schedulers, content)
                 self._set_position(ResumeState.from_dict(content["resume_state"]))
                 self.logs = dict(content["metrics"])
@@ -211,7 +212,7 @@ class GenericTrainer(TrainerHooks):
         finally:
             self.set_phase(before)
         self._saved_at = self._place(state)
-        loop.was_saved()
+        loop.boundaries.was_saved()
         return path
 
     def load_checkpoint(self, checkpoint_path: str | Path | None = None) -> ResumeState:
@@ -252,30 +253,14 @@ class GenericTrainer(TrainerHooks):
         """
         self.current_phase = phase
 
-    def handle_preemption(self) -> bool:
-        """Save, and have Slurm start the job again, after a signal has come.
+    def is_saved_here(self) -> bool:
+        """Whether the last checkpoint is of the run as it is now."""
+        return self._loop is not None and self._saved_at == self._place(self._loop.resume_state())
 
-        Returns:
-            Whether the run is to be left; false where it goes on until it is killed.
-        """
-        signals = list(self.signal_flags.received) or [0]
-        self.signal_flags.clear()
-        decision = RequeueDecision(self.config, signals, self.preemption_count, self._has_advanced())
-        self.preemption_count += decision.counts
-        self.call_hooks("on_preemption_signal", signals[0], None)
-        is_saving = self.config.preemption.checkpoint_on_preemption
-        loop = self._loop
-        assert loop is not None
-        if is_saving and self._saved_at != self._place(loop.resume_state()):
-            self.save_checkpoint(emergency=True)
-        self.requeued = decision.carry_out()
-        if not self.requeued and decision.counts:
-            # Nobody will start the job again, so the file must not say so.
-            self.preemption_count -= decision.counts
-            if is_saving:
-                self.save_checkpoint(emergency=True)
-        self.preempted = decision.leaves_run
-        return self.preempted
+    @property
+    def has_advanced(self) -> bool:
+        """Whether this call of `fit` has made an optimizer step."""
+        return self.global_step > self._step_at_start
 
     def _loss(self, batch: Any) -> torch.Tensor:
         if self._loss_fn is None:
@@ -331,7 +316,7 @@ class GenericTrainer(TrainerHooks):
 
     def _freeze_models(self, losses: dict[int, float]) -> None:
         assert self._loop is not None
-        self._loop.freeze(losses)
+        self._loop.results.freeze(losses)
 
     def _content_to_resume(self) -> dict[str, Any] | None:
         """What `load_checkpoint` was given, else the newest checkpoint of the run, else None."""
@@ -348,18 +333,6 @@ class GenericTrainer(TrainerHooks):
         except MissingCheckpointError as error:
             _LOGGER.warning("%s. Training starts from the beginning.", error.problem)
             return None
-
-    def _is_finished(self, content: dict[str, Any]) -> bool:
-        """Whether a checkpoint is that of a complete run, and the bounds were not raised since."""
-        state = ResumeState.from_dict(content["resume_state"])
-        if state.phase is not TrainerPhase.TRAINING_COMPLETE:
-            return False
-        saved, now = content["config"], self.config
-        more_epochs = now.max_epochs > saved["max_epochs"]
-        more_steps = saved["max_steps"] is not None and (now.max_steps is None or now.max_steps > saved["max_steps"])
-        next_epoch = state.epoch + (state.train is None)
-        has_room = next_epoch < now.max_epochs and (now.max_steps is None or state.global_step < now.max_steps)
-        return not ((more_epochs or more_steps) and has_room)
 
     def _set_position(self, state: ResumeState) -> None:
         self.current_phase, self.current_epoch, self.global_step = state.phase, state.epoch, state.global_step
@@ -402,11 +375,7 @@ class GenericTrainer(TrainerHooks):
             raise
         finally:
             self.signal_flags.restore()
-            for logger in loop.loggers:
-                logger.close()
-
-    def _has_advanced(self) -> bool:
-        return self.global_step > self._step_at_start
+            loop.close()
 
     def _place(self, state: ResumeState) -> tuple[Any, ...]:
         """What tells two states of a run apart."""

@@ -19,7 +19,7 @@ class ReplayedSampler:
         self._sampler = sampler
 
     def __iter__(self) -> ReplayedIterator:
-        return ReplayedIterator(iter(self._sampler))
+        return ReplayedIterator(self._sampler)
 
     def __len__(self) -> int:
         return len(self._sampler)
@@ -28,14 +28,18 @@ class ReplayedSampler:
 class ReplayedIterator:
     """One pass over a sampler; see `ReplayedSampler`."""
 
-    def __init__(self, iterator: Iterator[Any]) -> None:
-        self._iterator = iterator
+    def __init__(self, sampler: Any) -> None:
+        self._sampler = sampler
+        self._iterator: Iterator[Any] | None = None
         self._drawn = 0
 
     def __iter__(self) -> ReplayedIterator:
         return self
 
     def __next__(self) -> Any:
+        if self._iterator is None:
+            # Not before it is needed: a loader that is brought to a state asks twice, and some samplers draw at that.
+            self._iterator = iter(self._sampler)
         value = next(self._iterator)
         self._drawn += 1
         return value

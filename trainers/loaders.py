@@ -63,6 +63,9 @@ class ResumableLoader(Protocol):
     def restore_generators(self, state: Mapping[str, Any]) -> None:
         """Put the loader's own generators and its data set's state to where they were at a save between epochs."""
 
+    def close(self) -> None:
+        """Let worker processes go at the end of a run; the position can still be asked for."""
+
 
 def make_resumable(loader: Any, name: str) -> ResumableLoader:
     """Wrap a loader by its kind; see the module's table.
@@ -127,6 +130,9 @@ class _ListLoader:
     def restore_generators(self, state: Mapping[str, Any]) -> None:
         """A list has none."""
 
+    def close(self) -> None:
+        """A list has no workers."""
+
 
 class _SkippingLoader:
     """Anything iterable: what had been used is drawn again."""
@@ -168,6 +174,9 @@ class _SkippingLoader:
         if _is_same_loader(self._name, state, "skipping", self._generators):
             set_generators(self._name, self._generators, state["generators"])
 
+    def close(self) -> None:
+        """The workers go with the iterator, which the loop alone holds."""
+
 
 class _StatefulLoader:
     """A ``DataLoader`` rebuilt as a ``StatefulDataLoader``."""
@@ -181,6 +190,7 @@ class _StatefulLoader:
         self._has_state = hasattr(loader.dataset, "state_dict") and hasattr(loader.dataset, "load_state_dict")
         self._loader = _rebuilt(loader, stateful_class)
         self._is_running = False
+        self._last_state: dict[str, Any] | None = None
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -191,6 +201,8 @@ class _StatefulLoader:
         return iter(self._loader)
 
     def state_dict(self) -> dict[str, Any]:
+        if self._last_state is not None:
+            return self._last_state
         return {
             "kind": "stateful",
             "num_workers": self._num_workers,
@@ -223,6 +235,11 @@ class _StatefulLoader:
         set_generators(self._name, self._generators, state["generators"])
         if state["dataset"] is not None and self._has_state:
             self._dataset.load_state_dict(state["dataset"])
+
+    def close(self) -> None:
+        self._last_state = self.state_dict()
+        # Drops the loader's iterator. Left to the garbage collector, its workers would be joined at any odd moment.
+        self._loader.load_state_dict({})
 
 
 def _rebuilt(loader: DataLoader[Any], stateful_class: Any) -> Any:

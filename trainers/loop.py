@@ -7,25 +7,20 @@ on from there ends like one that was never left.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils import _pytree as pytree
 
-from mb_torch import ModelBatch
+from trainers.boundaries import Boundaries
 from trainers.errors import TrainerError
 from trainers.loaders import ResumableLoader
 from trainers.loggers import MetricLogger
-from trainers.metrics import EarlyStopping, MetricSums, epoch_logs, required
-from trainers.preemption import agreed
+from trainers.metrics import EarlyStopping, MetricSums
 from trainers.progress import Progress
-from trainers.schedules import step_schedulers
+from trainers.results import Results
 from trainers.states import (
     ResumeState,
     RNGState,
@@ -35,18 +30,13 @@ from trainers.states import (
     capture_rng_state,
     restore_rng_state,
 )
-from trainers.training import Training, device_of
+from trainers.training import Training, evaluating
 
 if TYPE_CHECKING:
     from trainers.generic import GenericTrainer
 
-_LOGGER = logging.getLogger(__name__)
 _IN_VALIDATION = (TrainerPhase.VAL_START_EPOCH, TrainerPhase.VAL_BATCH_END)
 _BETWEEN_EPOCHS = (TrainerPhase.EPOCH_END, TrainerPhase.TRAINING_COMPLETE)
-
-
-class Preempted(Exception):
-    """Leaves the loop: the run was saved and ends here for now."""
 
 
 class _CutShort(Exception):
@@ -66,6 +56,8 @@ class TrainingLoop:
     Attributes:
         early_stopping: Of the models.
         loggers: Where metrics go.
+        results: What is made of an epoch's metrics.
+        boundaries: Where the run may be left.
         epoch_start_rng: The generators when the running epoch or validation began.
         train_is_over: Whether the running epoch has no training batch left.
     """
@@ -88,14 +80,14 @@ class TrainingLoop:
             training.num_freezable, config.early_stopping_patience, config.early_stopping_mode
         )
         self.loggers: list[MetricLogger] = []
+        self.results = Results(trainer, self)
+        self.boundaries = Boundaries(trainer)
         self.epoch_start_rng: RNGState | None = None
         self.train_is_over = False
         self._sums = MetricSums(training.num_models)
         self._val_sums = MetricSums(training.num_models)
         self._batch_idx = 0
         self._val_batch_idx = 0
-        self._steps_in_this_process = 0
-        self._last_save = time.monotonic()
         self._is_cut_short = False
 
     def run(self, start: ResumeState | None, loader_state: Mapping[str, Any] | None) -> None:
@@ -106,7 +98,7 @@ class TrainingLoop:
             loader_state: Of the same checkpoint.
 
         Raises:
-            Preempted: The run was saved and left.
+            trainers.boundaries.Preempted: The run was saved and left.
         """
         resume = None if start is None or loader_state is None else (start, loader_state)
         trainer, config = self.trainer, self.trainer.config
@@ -158,25 +150,13 @@ class TrainingLoop:
             phase, trainer.current_epoch, trainer.global_step, train=train, val=val, rng=rng, timestamp=time.time()
         )
 
-    def was_saved(self) -> None:
-        """Start counting the minutes to the next save."""
-        self._last_save = time.monotonic()
-
-    @property
-    def ends_with_ranked_metrics(self) -> bool:
-        """Whether the logs are those of the weights as they are now."""
-        return self.trainer.current_phase in _BETWEEN_EPOCHS and not self._is_cut_short
-
-    def freeze(self, losses: dict[int, float]) -> None:
-        """Freeze models whose losses are not finite.
-
-        Args:
-            losses: Model to loss.
-        """
-        for model, loss in losses.items():
-            self.early_stopping.stopped[model] = f"loss {loss} in step {self.trainer.global_step}"
-            _LOGGER.warning("model %d is frozen from now on: its loss is %s", model, loss)
-        self._apply_stops()
+    def close(self) -> None:
+        """Let loader processes and log files go; the state of the run can still be saved."""
+        for loader in (self.train_loader, self.val_loader):
+            if loader is not None:
+                loader.close()
+        for logger in self.loggers:
+            logger.close()
 
     def _epoch(self, epoch: int, resume: tuple[ResumeState, Mapping[str, Any]] | None) -> None:
         trainer = self.trainer
@@ -243,7 +223,7 @@ class TrainingLoop:
                 progress.advance(self._sums.means())
                 trainer.call_hooks("on_batch_end", self._batch_idx - 1, result.logs)
                 if result.has_stepped:
-                    self._log_step(result.logs)
+                    self.results.report_step(result.logs)
                 if not training.micro_step:
                     self._boundary(has_stepped=result.has_stepped)
         self.train_is_over = True
@@ -275,12 +255,12 @@ class TrainingLoop:
                 self.val_loader.restore_generators(loaders["val"])
             if state.rng is not None:
                 restore_rng_state(state.rng)
-            self._leave_if_asked()
+            self.boundaries.leave_if_asked()
         if batches is None:
             self.epoch_start_rng = capture_rng_state() if trainer.config.save_rng_state else None
             batches = self.val_loader.start()
         with (
-            _evaluating(trainer.model),
+            evaluating(trainer.model),
             self._progress("validation", self.val_loader, self._val_batch_idx) as progress,
         ):
             while True:
@@ -299,33 +279,20 @@ class TrainingLoop:
                 self._val_batch_idx += 1
                 trainer.set_phase(TrainerPhase.VAL_BATCH_END)
                 progress.advance(self._val_sums.means())
-                self._leave_if_asked()
+                self.boundaries.leave_if_asked()
 
     def _finish_epoch(self, epoch: int, is_validated: bool) -> None:
         trainer, config = self.trainer, self.trainer.config
-        logs = epoch_logs(self._sums.means(), self._val_sums.means())
-        trainer.model_metrics = epoch_logs(self._sums.model_means(), self._val_sums.model_means())
-        for key, values in trainer.model_metrics.items():
-            logs.update({f"{key}_model_{model}": value for model, value in enumerate(values)})
-        has_all_metrics = is_validated or self.val_loader is None
-        if config.scheduler_interval == "epoch" and self.schedulers:
-            trainer.set_phase(TrainerPhase.SCHEDULER_EPOCH_STEP)
-            self._step_schedulers(logs if has_all_metrics else None)
-        if self.early_stopping.is_on and has_all_metrics:
-            self._stop_early(logs)
-        if config.monitor is not None and has_all_metrics:
-            required(logs, config.monitor, "checkpoint.monitor")
+        logs = self.results.of_epoch(self._sums, self._val_sums, has_all=is_validated or self.val_loader is None)
         trainer.set_phase(TrainerPhase.EPOCH_END)
         trainer.logs = logs
         trainer.call_hooks("on_epoch_end", epoch, logs)
-        self._log(logs)
-        shown = {key: value for key, value in logs.items() if "_model_" not in key and isinstance(value, (int, float))}
-        _LOGGER.info("epoch %d: %s", epoch, ", ".join(f"{key} {value:.6g}" for key, value in shown.items()))
+        self.results.report(logs)
         is_last = epoch + 1 == config.max_epochs or self._is_over()
         # The save at the end says that the run is complete, and has the same name.
         if not is_last or not config.checkpoint.save_last:
             interval = config.save_every_n_epochs
-            if (interval is not None and (epoch + 1) % interval == 0) or self._minutes_are_over():
+            if (interval is not None and (epoch + 1) % interval == 0) or self.boundaries.minutes_are_over():
                 trainer.save_checkpoint()
 
     def _complete(self) -> None:
@@ -338,27 +305,16 @@ class TrainingLoop:
     def _boundary(self, *, has_stepped: bool = False) -> None:
         """Save, leave or stop where a checkpoint can be written."""
         trainer, config = self.trainer, self.trainer.config
-        self._leave_if_asked()
+        self.boundaries.leave_if_asked()
         interval = config.save_every_n_steps
         is_due = interval is not None and trainer.global_step % interval == 0
-        if has_stepped and (self._minutes_are_over() or is_due):
+        if has_stepped and (self.boundaries.minutes_are_over() or is_due):
             trainer.save_checkpoint()
         if trainer.stop_training:
             raise _CutShort
         # With the last batch of an epoch the epoch is finished first.
         if self._is_over() and not self.train_is_over and self._batch_idx != _length(self.train_loader):
             raise _CutShort
-
-    def _leave_if_asked(self) -> None:
-        """Save and leave if a signal has come, on all ranks alike."""
-        flags = self.trainer.signal_flags
-        device = device_of(self.trainer.model)
-        interrupted, requested = agreed([int(flags.interrupted), int(bool(flags.received))], device)
-        if interrupted:
-            self.trainer.save_checkpoint(emergency=True)
-            raise KeyboardInterrupt("the run was saved and can be resumed")
-        if requested and self.trainer.handle_preemption():
-            raise Preempted
 
     def _is_over(self) -> bool:
         trainer = self.trainer
@@ -369,49 +325,10 @@ class TrainingLoop:
             or self.early_stopping.all_stopped()
         )
 
-    def _minutes_are_over(self) -> bool:
-        minutes = self.trainer.config.save_every_n_minutes
-        if minutes is None:
-            return False
-        is_over = time.monotonic() - self._last_save >= 60 * minutes
-        return bool(agreed([int(is_over)], device_of(self.trainer.model))[0])
-
     def _count_step(self) -> None:
         trainer = self.trainer
         trainer.global_step += 1
-        if trainer.config.scheduler_interval == "step" and self.schedulers:
-            trainer.set_phase(TrainerPhase.SCHEDULER_BATCH_STEP)
-            self._step_schedulers(None)
-        self._steps_in_this_process += 1
-
-    def _step_schedulers(self, logs: Mapping[str, Any] | None) -> None:
-        trainer = self.trainer
-        metric = trainer.config.monitor or trainer.config.early_stopping_metric
-        if any(isinstance(scheduler, ReduceLROnPlateau) for scheduler in self.schedulers) and logs is not None:
-            required(logs, metric, "the metric of the plateau scheduler (checkpoint.monitor or early_stopping_metric)")
-        step_schedulers(
-            self.schedulers,
-            None if logs is None else trainer.model_metrics.get(metric) or [logs.get(metric)],
-            resumed_before_first_step=trainer.global_step > 0 and not self._steps_in_this_process,
-        )
-
-    def _stop_early(self, logs: Mapping[str, Any]) -> None:
-        key = self.trainer.config.early_stopping_metric
-        if self.training.num_freezable == self.training.num_models:
-            values = required(self.trainer.model_metrics, key, "early_stopping_metric")
-        else:
-            values = [required(logs, key, "early_stopping_metric")]
-        newly = self.early_stopping.update(values)
-        for model in newly:
-            who = "training" if self.training.num_freezable == 1 else f"model {model}"
-            _LOGGER.info("%s stops early: %s", who, self.early_stopping.stopped[model])
-        if newly:
-            self._apply_stops()
-
-    def _apply_stops(self) -> None:
-        self.training.set_active(self.early_stopping.active())
-        if self.early_stopping.all_stopped():
-            self.trainer.stop_training = True
+        self.results.count_step()
 
     def _restore_between_epochs(self, resume: tuple[ResumeState, Mapping[str, Any]]) -> None:
         state, loaders = resume
@@ -421,35 +338,8 @@ class TrainingLoop:
         if state.rng is not None:
             restore_rng_state(state.rng)
 
-    def _log_step(self, logs: Mapping[str, Any]) -> None:
-        if self.trainer.global_step % self.trainer.config.log_every_n_steps == 0 and self.loggers:
-            values = MetricSums(self.training.num_models)
-            values.add(logs, self.early_stopping.active())
-            self._log({f"step_{key}": value for key, value in values.means().items()})
-
-    def _log(self, values: Mapping[str, Any]) -> None:
-        numbers = {key: float(value) for key, value in values.items() if isinstance(value, (int, float))}
-        for logger in self.loggers:
-            logger.log(numbers, self.trainer.current_epoch, self.trainer.global_step)
-
     def _progress(self, title: str, loader: ResumableLoader, done: int) -> Progress:
         return Progress(title, _length(loader), done, is_wanted=self.trainer.config.logging.console_log)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every submodule is in the mode it was in."""
-    modules = list(model.modules())
-    if isinstance(model, ModelBatch):
-        modules.extend(model.prototype.modules())
-    modes = [module.training for module in modules]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
 
 
 def _length(loader: ResumableLoader) -> int | None:

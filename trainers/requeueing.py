@@ -29,8 +29,8 @@ class RequeueDecision:
         has_advanced: Whether this process has made an optimizer step.
 
     Attributes:
-        counts: 1 if the requeue counts against ``max_preemptions``, else 0. One at the time limit does not where the
-            run has advanced: it would go on for ever only if it ended for ever later.
+        counts: 1 on the first rank if the requeue counts against ``max_preemptions``, else 0. One at the time limit
+            does not where the run has advanced: such a run comes to its end.
         leaves_run: Whether the run is to be left.
 
     Example:
@@ -47,9 +47,9 @@ class RequeueDecision:
         self._is_wanted = self._job_id is not None and (self._is_certain or self._may_be_cancelled)
         self._is_used_up = self._is_wanted and count >= config.max_preemptions
         self.leaves_run = not self._is_used_up or config.preemption.exit_on_max_preemptions
-        self.counts = int(self._is_wanted and not self._is_used_up)
+        self.counts = int(self._is_wanted and not self._is_used_up and is_first_rank())
         self._limit = config.max_preemptions
-        if self.counts and self._is_certain and has_advanced and is_first_rank():
+        if self.counts and self._is_certain and has_advanced:
             assert self._job_id is not None
             self.counts = int(not is_at_its_time_limit(job_facts(self._job_id)))
 

@@ -12,7 +12,8 @@ import torch
 from trainers.checkpoint_files import FORMAT_VERSION, to_plain, with_types_of
 from trainers.errors import TrainerError
 from trainers.preemption import gathered_from_ranks, rank
-from trainers.states import ResumeState, RNGState, rng_to_dict
+from trainers.settings import GenericTrainerConfig
+from trainers.states import ResumeState, RNGState, TrainerPhase, rng_to_dict
 
 if TYPE_CHECKING:
     from trainers.callbacks import TrainingCallback
@@ -149,6 +150,27 @@ def apply_run(trainer: GenericTrainer, loop: TrainingLoop, content: Mapping[str,
                 content["environment"].get(key),
                 value,
             )
+
+
+def is_finished(content: Mapping[str, Any], config: GenericTrainerConfig) -> bool:
+    """Whether a checkpoint is that of a complete run, and the bounds were not raised since.
+
+    Args:
+        content: Of the checkpoint.
+        config: As it is now.
+
+    Returns:
+        True if there is nothing left to train.
+    """
+    state = ResumeState.from_dict(content["resume_state"])
+    if state.phase is not TrainerPhase.TRAINING_COMPLETE:
+        return False
+    saved = content["config"]
+    more_epochs = config.max_epochs > saved["max_epochs"]
+    more_steps = saved["max_steps"] is not None and (config.max_steps is None or config.max_steps > saved["max_steps"])
+    next_epoch = state.epoch + (state.train is None)
+    has_room = next_epoch < config.max_epochs and (config.max_steps is None or state.global_step < config.max_steps)
+    return not ((more_epochs or more_steps) and has_room)
 
 
 def _loader_state(loop: TrainingLoop) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -192,6 +192,8 @@ class AutogradTraining(_Base):
 class FusedTraining(_Base):
     """The fused step of a `ModelBatch`.
 
+    The losses of every batch are waited for: only then is known whether they are finite.
+
     Args:
         model: The batch.
         optimizer: Made by `OptimizerFactory`, or any over the batch's parameters.
@@ -276,6 +278,26 @@ def device_of(model: nn.Module) -> torch.device:
         device(type='cpu')
     """
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode without gradients; afterwards every submodule is in the mode it was in.
+
+    Args:
+        model: A module or a `ModelBatch`.
+    """
+    modules = list(model.modules())
+    if isinstance(model, ModelBatch):
+        modules.extend(model.prototype.modules())
+    modes = [module.training for module in modules]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
 
 
 def as_pair(batch: Any, device: torch.device) -> tuple[Any, Any]:

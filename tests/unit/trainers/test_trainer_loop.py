@@ -44,8 +44,9 @@ def _fit(
 @pytest.mark.parametrize(
     ("batches", "accumulate", "steps"), [(4, 1, 4), (4, 2, 2), (4, 3, 2), (4, 4, 1), (4, 9, 1), (3, 2, 2)]
 )
+@pytest.mark.parametrize("clip", [None, 0.2])
 @pytest.mark.parametrize("kind", ["single", "batch"])
-def test_accumulation(kind: str, batches: int, accumulate: int, steps: int, tmp_path: Path) -> None:
+def test_accumulation(kind: str, clip: float | None, batches: int, accumulate: int, steps: int, tmp_path: Path) -> None:
     """As the loop written out: the loss divided, a step every so many batches and one for the remainder."""
     data = make_loader("list")[:batches]
     starts = [nn.Linear(3, 1) for _ in range(1 if kind == "single" else 3)]
@@ -56,7 +57,7 @@ def test_accumulation(kind: str, batches: int, accumulate: int, steps: int, tmp_
         for index, (inputs, targets) in enumerate(data):
             (nn.functional.mse_loss(model(inputs), targets) / accumulate).backward()
             if (index + 1) % accumulate == 0 or index + 1 == len(data):
-                nn.utils.clip_grad_norm_(model.parameters(), 0.2)
+                nn.utils.clip_grad_norm_(model.parameters(), float("inf") if clip is None else clip)
                 optimizer.step()
                 optimizer.zero_grad()
         expected.append(model.weight.detach())
@@ -70,7 +71,7 @@ def test_accumulation(kind: str, batches: int, accumulate: int, steps: int, tmp_
         torch.optim.SGD(trained.parameters(), 0.1),
         train=data,
         gradient_accumulation_steps=accumulate,
-        max_grad_norm=0.2,
+        max_grad_norm=clip,
     )
     assert trainer.global_step == steps
     weights = [trained.weight] if kind == "single" else trained.stacked_params["weight"]
@@ -289,7 +290,8 @@ def test_exceptions_in_hooks_propagate(name: str, where: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("hook", "steps", "epochs_ended"), [("on_batch_end", 2, 0), ("on_epoch_end", 4, 1), ("on_epoch_start", 0, 0)]
+    ("hook", "steps", "epochs_ended"),
+    [("on_batch_end", 2, 0), ("on_batch_end", 4, 0), ("on_epoch_end", 4, 1), ("on_epoch_start", 0, 0)],
 )
 def test_stop_training(hook: str, steps: int, epochs_ended: int, tmp_path: Path) -> None:
     ended = []
@@ -304,7 +306,7 @@ def test_stop_training(hook: str, steps: int, epochs_ended: int, tmp_path: Path)
             ended.append(self.global_step)
 
     def stops(self: Any, *arguments: Any) -> None:
-        if hook == "on_epoch_start" or arguments[0] == 1:
+        if hook == "on_epoch_start" or arguments[0] + 1 == steps:
             self.stop_training = True
 
     if hook != "on_epoch_end":

@@ -18,7 +18,7 @@ from trainers.errors import MissingCheckpointError, TrainerError
 from trainers.generic import GenericTrainer
 from trainers.loaders import make_resumable
 from trainers.settings import GenericTrainerConfig
-from trainers.states import ResumeState, TrainerPhase
+from trainers.states import ResumeState, TrainerPhase, capture_rng_state
 
 REPOSITORY = Path(__file__).parents[3]
 # Four training and two validation batches an epoch.
@@ -35,7 +35,7 @@ def _stopped_and_resumed(folder: Path, stop_at: int, kind: str, **options: Any) 
     return second
 
 
-@pytest.mark.parametrize("kind", ["single", "batch"])
+@pytest.mark.parametrize("kind", ["single", "batch", pytest.param("xla", marks=pytest.mark.long)])
 def test_stopped_after_any_batch(kind: str, tmp_path: Path) -> None:
     whole = final_state(run(tmp_path / "whole", kind))
     assert whole["steps"] == 4 * EPOCHS
@@ -244,3 +244,30 @@ def test_without_torchdata(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MissingPackage, match=r"modelbatch-hybrid\[train\]"):
         make_resumable(make_loader("shuffled"), "train_loader")
     assert len(make_resumable([1, 2], "train_loader")) == 2
+
+
+def test_a_request_before_a_resumed_validation_runs_no_batch(tmp_path: Path) -> None:
+    class AtOnce(Recorder):
+        def on_training_start(self) -> None:
+            if self.global_step:
+                self.request_preemption()
+
+    whole = final_state(run(tmp_path / "whole"))
+    notes: dict[str, Any] = {}
+    for _ in range(2):
+        assert run(tmp_path / "stopped", trainer_class=AtOnce, stop_at=4, notes=notes).preempted
+        assert notes["events"] == 5
+    assert_identical(final_state(run(tmp_path / "stopped", notes=notes)), whole)
+
+
+def test_generators_are_captured_at_saves_and_starts_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counted() -> Any:
+        calls.append(1)
+        return capture_rng_state()
+
+    monkeypatch.setattr("trainers.loop.capture_rng_state", counted)
+    run(tmp_path)
+    # Each epoch: the start of training, the start of validation, one save.
+    assert len(calls) == 3 * EPOCHS

@@ -1,0 +1,83 @@
+"""The places at which a run may be left: whether a signal has come, and what is done then."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from trainers.preemption import agreed
+from trainers.requeueing import RequeueDecision
+from trainers.training import device_of
+
+if TYPE_CHECKING:
+    from trainers.generic import GenericTrainer
+
+
+class Preempted(Exception):
+    """Leaves the loop: the run was saved and ends here for now."""
+
+
+class Boundaries:
+    """What is looked at wherever a checkpoint can be written.
+
+    Args:
+        trainer: That trains.
+    """
+
+    def __init__(self, trainer: GenericTrainer) -> None:
+        self.trainer = trainer
+        self._last_save = time.monotonic()
+
+    def was_saved(self) -> None:
+        """Start counting the minutes to the next save."""
+        self._last_save = time.monotonic()
+
+    def leave_if_asked(self) -> None:
+        """Save and leave if a signal has come, on all ranks alike.
+
+        Raises:
+            Preempted: After a signal.
+            KeyboardInterrupt: After Ctrl-C.
+        """
+        flags = self.trainer.signal_flags
+        device = device_of(self.trainer.model)
+        interrupted, requested = agreed([int(flags.interrupted), int(bool(flags.received))], device)
+        if interrupted:
+            self.trainer.save_checkpoint(emergency=True)
+            raise KeyboardInterrupt("the run was saved and can be resumed")
+        if requested and self._handle_preemption():
+            raise Preempted
+
+    def minutes_are_over(self) -> bool:
+        """Whether it is time for the next save, on all ranks alike."""
+        minutes = self.trainer.config.save_every_n_minutes
+        if minutes is None:
+            return False
+        is_over = time.monotonic() - self._last_save >= 60 * minutes
+        return bool(agreed([int(is_over)], device_of(self.trainer.model))[0])
+
+    def _handle_preemption(self) -> bool:
+        """Save, and have Slurm start the job again, after a signal has come.
+
+        Returns:
+            Whether the run is to be left; false where it goes on until it is killed.
+        """
+        trainer = self.trainer
+        signals = list(trainer.signal_flags.received) or [0]
+        trainer.signal_flags.clear()
+        decision = RequeueDecision(trainer.config, signals, trainer.preemption_count, trainer.has_advanced)
+        device = device_of(trainer.model)
+        counts, leaves_run = agreed([decision.counts, int(decision.leaves_run)], device)
+        trainer.preemption_count += counts
+        trainer.call_hooks("on_preemption_signal", signals[0], None)
+        is_saving = trainer.config.preemption.checkpoint_on_preemption
+        if is_saving and not trainer.is_saved_here():
+            trainer.save_checkpoint(emergency=True)
+        trainer.requeued = bool(agreed([int(decision.carry_out())], device)[0])
+        if not trainer.requeued and counts:
+            # Nobody will start the job again, so the file must not say so.
+            trainer.preemption_count -= counts
+            if is_saving:
+                trainer.save_checkpoint(emergency=True)
+        trainer.preempted = bool(leaves_run)
+        return trainer.preempted

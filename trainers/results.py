@@ -1,0 +1,139 @@
+"""What is made of a run's metrics: logs, schedules, early stopping, reports."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from trainers.metrics import MetricSums, epoch_logs, required
+from trainers.schedules import step_schedulers
+from trainers.states import TrainerPhase
+
+if TYPE_CHECKING:
+    from trainers.generic import GenericTrainer
+    from trainers.loop import TrainingLoop
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class Results:
+    """The metrics of a run.
+
+    Args:
+        trainer: That trains.
+        loop: Its run, with schedulers, loggers and early stopping.
+    """
+
+    def __init__(self, trainer: GenericTrainer, loop: TrainingLoop) -> None:
+        self.trainer = trainer
+        self._loop = loop
+        self._steps_in_this_process = 0
+
+    def of_epoch(self, train: MetricSums, validation: MetricSums, *, has_all: bool) -> dict[str, Any]:
+        """Join an epoch's metrics; step schedulers and stop models by them.
+
+        Args:
+            train: Of the training batches.
+            validation: Of the validation batches; empty without validation.
+            has_all: Whether metrics of the validation can be expected, if there ever is one.
+
+        Returns:
+            The epoch's logs.
+
+        Raises:
+            TrainerError: A setting names a metric that is not there.
+        """
+        trainer, config = self.trainer, self.trainer.config
+        logs = epoch_logs(train.means(), validation.means())
+        trainer.model_metrics = epoch_logs(train.model_means(), validation.model_means())
+        for key, values in trainer.model_metrics.items():
+            logs.update({f"{key}_model_{model}": value for model, value in enumerate(values)})
+        if config.scheduler_interval == "epoch" and self._loop.schedulers:
+            trainer.set_phase(TrainerPhase.SCHEDULER_EPOCH_STEP)
+            self._step_schedulers(logs if has_all else None)
+        if self._loop.early_stopping.is_on and has_all:
+            self._stop_early(logs)
+        if config.monitor is not None and has_all:
+            required(logs, config.monitor, "checkpoint.monitor")
+        return logs
+
+    def count_step(self) -> None:
+        """Step the schedulers after an optimizer step, if they are stepped then."""
+        if self.trainer.config.scheduler_interval == "step" and self._loop.schedulers:
+            self.trainer.set_phase(TrainerPhase.SCHEDULER_BATCH_STEP)
+            self._step_schedulers(None)
+        self._steps_in_this_process += 1
+
+    def report(self, logs: Mapping[str, Any]) -> None:
+        """Send an epoch's logs where they go.
+
+        Args:
+            logs: Of the epoch.
+        """
+        self._log(logs)
+        shown = {key: value for key, value in logs.items() if "_model_" not in key and isinstance(value, (int, float))}
+        texts = ", ".join(f"{key} {value:.6g}" for key, value in shown.items())
+        _LOGGER.info("epoch %d: %s", self.trainer.current_epoch, texts)
+
+    def report_step(self, logs: Mapping[str, Any]) -> None:
+        """Send a step's logs where they go, every so many steps.
+
+        Args:
+            logs: What the training step returned.
+        """
+        if self.trainer.global_step % self.trainer.config.log_every_n_steps == 0 and self._loop.loggers:
+            values = MetricSums(self._loop.training.num_models)
+            values.add(logs, self._loop.early_stopping.active())
+            self._log({f"step_{key}": value for key, value in values.means().items()})
+
+    def _log(self, values: Mapping[str, Any]) -> None:
+        numbers = {key: float(value) for key, value in values.items() if isinstance(value, (int, float))}
+        for logger in self._loop.loggers:
+            logger.log(numbers, self.trainer.current_epoch, self.trainer.global_step)
+
+    def freeze(self, losses: dict[int, float]) -> None:
+        """Freeze models whose losses are not finite.
+
+        Args:
+            losses: Model to loss.
+        """
+        for model, loss in losses.items():
+            self._loop.early_stopping.stopped[model] = f"loss {loss} in step {self.trainer.global_step}"
+            _LOGGER.warning("model %d is frozen from now on: its loss is %s", model, loss)
+        self._apply_stops()
+
+    def _step_schedulers(self, logs: Mapping[str, Any] | None) -> None:
+        trainer = self.trainer
+        metric = trainer.config.monitor or trainer.config.early_stopping_metric
+        if any(isinstance(scheduler, ReduceLROnPlateau) for scheduler in self._loop.schedulers) and logs is not None:
+            required(logs, metric, "the metric of the plateau scheduler (checkpoint.monitor or early_stopping_metric)")
+        values = trainer.model_metrics.get(metric, [])
+        if logs is not None and len(values) != len(self._loop.schedulers):
+            # One scheduler for all models watches their mean.
+            values = [logs.get(metric)]
+        step_schedulers(
+            self._loop.schedulers,
+            None if logs is None else values,
+            resumed_before_first_step=trainer.global_step > 0 and not self._steps_in_this_process,
+        )
+
+    def _stop_early(self, logs: Mapping[str, Any]) -> None:
+        key = self.trainer.config.early_stopping_metric
+        if self._loop.training.num_freezable == self._loop.training.num_models:
+            values = required(self.trainer.model_metrics, key, "early_stopping_metric")
+        else:
+            values = [required(logs, key, "early_stopping_metric")]
+        newly = self._loop.early_stopping.update(values)
+        for model in newly:
+            who = "training" if self._loop.training.num_freezable == 1 else f"model {model}"
+            _LOGGER.info("%s stops early: %s", who, self._loop.early_stopping.stopped[model])
+        if newly:
+            self._apply_stops()
+
+    def _apply_stops(self) -> None:
+        self._loop.training.set_active(self._loop.early_stopping.active())
+        if self._loop.early_stopping.all_stopped():
+            self.trainer.stop_training = True
