@@ -21,6 +21,7 @@ from trainers.hooks import TrainerHooks
 from trainers.loaders import make_resumable
 from trainers.loggers import make_loggers, messages_as_configured
 from trainers.loop import TrainingLoop
+from trainers.metrics import model_metrics_of
 from trainers.preemption import SignalFlags, is_first_rank, wait_for_all_ranks
 from trainers.schedules import as_list
 from trainers.settings import GenericTrainerConfig
@@ -143,6 +144,7 @@ class GenericTrainer(TrainerHooks):
                 apply_objects(self, loop.schedulers, content)
                 self._set_position(ResumeState.from_dict(content["resume_state"]))
                 self.logs = dict(content["metrics"])
+                self.model_metrics = model_metrics_of(self.logs)
                 _LOGGER.info("this run is complete: its weights were loaded, and nothing is trained")
                 return
             self._run(loop, content)

@@ -121,6 +121,28 @@ def epoch_logs(train: Mapping[str, Any], validation: Mapping[str, Any]) -> dict[
     return logs
 
 
+def model_metrics_of(logs: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Collect the values of single models from the logs of an epoch.
+
+    Args:
+        logs: Flat; key ``k`` of model i is ``k_model_i``, in the order of the models.
+
+    Returns:
+        One list per key; empty for a single module.
+
+    Example:
+        >>> model_metrics_of({"loss": 1.5, "loss_model_0": 1.0, "loss_model_1": 2.0})
+        {'loss': [1.0, 2.0]}
+    """
+    found: dict[str, list[Any]] = {}
+    for key in logs:
+        own = f"{key}_model_"
+        values = [value for other, value in logs.items() if other.startswith(own) and other[len(own) :].isdigit()]
+        if values:
+            found[key] = values
+    return found
+
+
 def required(logs: Mapping[str, Any], key: str, setting: str) -> Any:
     """Look a metric up that a setting names.
 

@@ -11,6 +11,7 @@ import torch
 
 from trainers.checkpoint_files import FORMAT_VERSION, to_plain, with_types_of
 from trainers.errors import TrainerError
+from trainers.metrics import model_metrics_of
 from trainers.preemption import gathered_from_ranks, rank
 from trainers.settings import GenericTrainerConfig
 from trainers.states import ResumeState, RNGState, TrainerPhase, rng_to_dict
@@ -139,6 +140,7 @@ def apply_run(trainer: GenericTrainer, loop: TrainingLoop, content: Mapping[str,
     loop.training.set_active(loop.early_stopping.active())
     trainer.store.best = content["best"]
     trainer.logs = dict(content["metrics"])
+    trainer.model_metrics = model_metrics_of(trainer.logs)
     trainer.preemption_count = content["preemption_count"]
     _restore_callbacks(trainer.callbacks, content["callbacks"])
     for key, value in _environment().items():

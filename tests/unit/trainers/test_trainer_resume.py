@@ -156,13 +156,16 @@ def test_exception_leaves_the_last_checkpoint(tmp_path: Path) -> None:
         assert_identical(resumed[name], whole[name], name)
 
 
-def test_complete_run_returns_at_once_with_its_weights(tmp_path: Path) -> None:
-    whole = run(tmp_path)
-    again = run(tmp_path)
+@pytest.mark.parametrize("kind", ["single", "batch"])
+def test_complete_run_returns_at_once_with_its_weights(kind: str, tmp_path: Path) -> None:
+    whole = run(tmp_path, kind)
+    again = run(tmp_path, kind)
     assert again.notes == {"samples": [], "logs": []}
     assert again.current_phase is TrainerPhase.TRAINING_COMPLETE
     assert again.global_step == whole.global_step
     assert again.logs == whole.logs
+    assert again.model_metrics == whole.model_metrics
+    assert bool(again.model_metrics) is (kind == "batch")
     assert_identical(again.model.state_dict(), dict(whole.model.state_dict()))
 
 
