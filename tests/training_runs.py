@@ -61,33 +61,39 @@ class Again:
             yield torch.stack([rows[int(i)][0] for i in chosen]), torch.stack([rows[int(i)][1] for i in chosen])
 
 
+def _processes(workers: int) -> dict[str, Any]:
+    """Options of a loader. Once JAX runs in this process, its threads must not be forked."""
+    if not workers or "jax" not in sys.modules:
+        return {"num_workers": workers}
+    return {"num_workers": workers, "multiprocessing_context": "forkserver"}
+
+
 def make_loader(kind: str, workers: int = 0) -> Any:
+    options = _processes(workers)
     if kind == "list":
         rows = Rows()
         return list(zip(rows.inputs.split(BATCH), rows.targets.split(BATCH), strict=True))
     if kind == "iterable":
         return Again()
     if kind == "stream":
-        return DataLoader(Stream(), batch_size=BATCH, num_workers=workers)
+        return DataLoader(Stream(), batch_size=BATCH, **options)
     if kind == "weighted":
         sampler = WeightedRandomSampler(torch.arange(1.0, ROWS + 1), ROWS)
-        return DataLoader(Rows(), batch_size=BATCH, sampler=sampler, num_workers=workers)
+        return DataLoader(Rows(), batch_size=BATCH, sampler=sampler, **options)
     if kind == "batch_sampler":
         batches = torch.utils.data.BatchSampler(torch.utils.data.RandomSampler(range(ROWS)), BATCH, False)
-        return DataLoader(Rows(), batch_sampler=batches, num_workers=workers)
+        return DataLoader(Rows(), batch_sampler=batches, **options)
     if kind == "stateful":
         from torchdata.stateful_dataloader import StatefulDataLoader
 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
-            return StatefulDataLoader(Rows(), batch_size=BATCH, shuffle=True, num_workers=workers)
+            return StatefulDataLoader(Rows(), batch_size=BATCH, shuffle=True, **options)
     if kind == "subclass":
-        return OwnLoader(Rows(), BATCH, shuffle=True, num_workers=workers, generator=torch.Generator().manual_seed(5))
+        return OwnLoader(Rows(), BATCH, shuffle=True, **options, generator=torch.Generator().manual_seed(5))
     generator = torch.Generator().manual_seed(5) if kind == "generator" else None
     persistent = workers > 0
-    return DataLoader(
-        Rows(), BATCH, shuffle=True, num_workers=workers, generator=generator, persistent_workers=persistent
-    )
+    return DataLoader(Rows(), BATCH, shuffle=True, **options, generator=generator, persistent_workers=persistent)
 
 
 def make_model() -> nn.Module:
