@@ -37,20 +37,22 @@ class WorkingSet(NamedTuple):
     activations: int
 
 
-def group_size(num_models: int, working_set: WorkingSet, *, repeats: bool) -> int:
+def group_size(num_models: int, working_set: Callable[[], WorkingSet], *, repeats: bool) -> int:
     """Return how many models a CPU trains at a time, a divisor of their number; elsewhere all.
 
     Args:
         num_models: How many models one device has.
-        working_set: That of one model.
+        working_set: Finds out that of one model, which takes a moment; not asked where there is nothing to choose.
         repeats: Whether a program makes several steps.
 
     Example:
-        >>> group_size(64, WorkingSet(state=160_000, activations=200_000), repeats=True)
+        >>> group_size(64, lambda: WorkingSet(state=160_000, activations=200_000), repeats=True)
         4
     """
-    state, activations = working_set
-    if jax.default_backend() != "cpu" or (not repeats and activations < _ACTIVATIONS_PER_STATE * state):
+    if jax.default_backend() != "cpu" or num_models == 1:
+        return num_models
+    state, activations = working_set()
+    if not repeats and activations < _ACTIVATIONS_PER_STATE * state:
         return num_models
     wanted = max(_FEWEST_MODELS, _CACHE_BYTES // max(state + activations, 1))
     fitting = [size for size in range(1, num_models) if num_models % size == 0 and wanted <= 2 * size <= 4 * wanted]

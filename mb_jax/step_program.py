@@ -176,7 +176,7 @@ class StepProgram:
 
         def make() -> Any:
             local = layout.local_models(num_models)
-            size = local if self.chunk_size is not None else group_size(local, self._working_set(), repeats=repeats)
+            size = local if self.chunk_size is not None else group_size(local, self._working_set, repeats=repeats)
             step = self._step(size, updates, varying, clips)
 
             def steps(state: State, inputs: StepInputs, constants: Constants) -> Any:

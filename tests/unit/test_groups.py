@@ -56,7 +56,7 @@ def _trained(size: int, monkeypatch: pytest.MonkeyPatch, *, shared_input: bool, 
     """Losses, aux, parameters, buffers and optimizer states after some steps in groups of so many."""
     sizes: list[int] = []
 
-    def chosen(num_models: int, working_set: WorkingSet, *, repeats: bool) -> int:
+    def chosen(num_models: int, working_set: Any, *, repeats: bool) -> int:
         sizes.append(size)
         return size
 
@@ -135,7 +135,12 @@ def test_joint_steps_run_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_group_size(num_models: int, state: int, activations: int, repeats: bool, expected: int) -> None:
-    assert group_size(num_models, WorkingSet(state, activations), repeats=repeats) == expected
+    assert group_size(num_models, lambda: WorkingSet(state, activations), repeats=repeats) == expected
+
+
+def test_accelerators_train_all_models_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert group_size(64, lambda: pytest.fail("nothing to find out"), repeats=True) == 64
 
 
 def test_the_users_chunk_size_wins(monkeypatch: pytest.MonkeyPatch) -> None:
