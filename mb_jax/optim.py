@@ -153,7 +153,8 @@ class JaxOptimizer(StackedOptimizer):
         }
 
     def _update(self, grads: list[Tensor | None], active: Tensor | None) -> None:
-        if active is not None and not bool(active.any()):
+        has_none = all(grad is None for grad in grads)
+        if has_none or (active is not None and not bool(active.any())):
             return
         plan = self.plan([grad is not None for grad in grads])
         params: list[Any] = [self._stacks[position].parameter for position in plan.positions]

@@ -11,6 +11,7 @@ from mb_torch.batching import (
     batch_topk,
     register_module,
 )
+from mb_torch.compatibility import check_compatible
 from mb_torch.core import ModelBatch
 from mb_torch.data import DataRouter, Routed, StratifiedDataRouter, StratifiedRouter, create_random_masks
 from mb_torch.errors import (
@@ -59,6 +60,7 @@ __all__ = [
     "batch_accuracy",
     "batch_loss",
     "batch_topk",
+    "check_compatible",
     "create_adam_configs",
     "create_lr_sweep_configs",
     "create_random_masks",

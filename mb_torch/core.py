@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -27,7 +28,16 @@ from mb_torch.state import (
     model_states,
     select_models,
 )
-from mb_torch.targets import batch_length, check_targets_may_be_shared, loss_accepts, of_first_model, targets_are_shared
+from mb_torch.targets import (
+    WithArguments,
+    batch_length,
+    check_per_model,
+    check_targets_may_be_shared,
+    for_each_model,
+    loss_accepts,
+    of_first_model,
+    targets_are_shared,
+)
 from mb_torch.train_step import PlainLoss, TrainStep, make_joint_step
 from mb_torch.trees import leaves_of, path_of_leaf
 
@@ -256,6 +266,7 @@ class ModelBatch(nn.Module):
         *,
         shared_targets: bool | None = None,
         weights: Tensor | None = None,
+        loss_args: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Evaluate ``loss_fn`` for every model.
 
@@ -272,6 +283,8 @@ class ModelBatch(nn.Module):
             shared_targets: Says which of the two the targets are; default: decided by shape.
             weights: ``[num_models, batch]``, 1 for real rows and 0 for padding, as `DataRouter.route_batch` returns
                 them. Not needed where outputs or targets are routed tensors.
+            loss_args: Further arguments of the loss by name, ``[num_models, ...]``: ``loss_fn(outputs_i, targets_i,
+                **loss_args_i)``.
 
         Returns:
             0-dim, or ``[num_models]`` with ``reduction="none"``.
@@ -290,15 +303,21 @@ class ModelBatch(nn.Module):
             raise InvalidInput("reduction", received=repr(reduction), expected="'mean', 'sum' or 'none'")
         if weights is not None:
             outputs, targets = self._with_rows((outputs, targets), weights)
+        for name, values in (loss_args or {}).items():
+            check_per_model(f"loss_args[{name!r}]", values, self.num_models)
         if shared_targets is None:
+            loss_of_first = partial(loss_fn, **of_first_model(loss_args or {}))
             shared_targets = targets_are_shared(
                 targets,
                 num_models=self.num_models,
                 batch=batch_length(outputs, model_axis=True),
-                loss_fits=lambda given: loss_accepts(loss_fn, of_first_model(outputs))(given),
+                loss_fits=lambda given: loss_accepts(loss_of_first, of_first_model(outputs))(given),
             )
         if shared_targets:
             check_targets_may_be_shared(outputs)
+        if loss_args:
+            own_targets = for_each_model(targets, self.num_models) if shared_targets else targets
+            loss_fn, targets, shared_targets = WithArguments(loss_fn), (own_targets, dict(loss_args)), False
         losses = self.backend.losses(loss_fn, outputs, targets, shared_targets=shared_targets)
         self.latest_losses = losses.detach()
         if reduction == "none":

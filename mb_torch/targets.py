@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -66,6 +67,32 @@ def check_targets_may_be_shared(data: Any) -> None:
             "the rows are routed to the models, but the targets are shared",
             fix="Route the targets too: route_batch(inputs, masks=..., targets=targets).",
         )
+
+
+def check_per_model(what: str, value: Any, num_models: int) -> None:
+    """Raise `InvalidInput` unless a value is a tensor ``[num_models, ...]``."""
+    if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != num_models:
+        received = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise InvalidInput(what, received=received, expected=f"a tensor [{num_models}, ...], one entry per model")
+
+
+@dataclass(frozen=True)
+class WithArguments:
+    """A loss whose further arguments come with the targets: ``loss(outputs_i, (targets_i, arguments_i))``."""
+
+    loss_fn: Callable[..., Any]
+
+    def __call__(self, outputs: Any, targets: tuple[Any, dict[str, Any]]) -> Any:
+        """Call the loss."""
+        own_targets, arguments = targets
+        return self.loss_fn(outputs, own_targets, **arguments)
+
+
+def for_each_model(tree: Any, num_models: int) -> Any:
+    """A pytree of shared tensors with a leading model axis, without copies."""
+    return pytree.tree_map(
+        lambda leaf: leaf.expand(num_models, *leaf.shape) if isinstance(leaf, Tensor) else leaf, tree
+    )
 
 
 def of_first_model(tree: Any) -> Any:

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from mb_torch.backend import Step, StepSpec
 from mb_torch.errors import InvalidInput
-from mb_torch.targets import batch_length, check_targets_may_be_shared, loss_accepts, of_first_model, targets_are_shared
+from mb_torch.targets import (
+    batch_length,
+    check_per_model,
+    check_targets_may_be_shared,
+    loss_accepts,
+    of_first_model,
+    targets_are_shared,
+)
 from mb_torch.trees import leaves_of
 
 if TYPE_CHECKING:
@@ -161,7 +168,7 @@ class TrainStep:
         for batch in self._batches:
             batch.check_inputs(inputs)
         for name, value in self._spec.loss_args.items():
-            _check_per_model(f"loss_args[{name!r}]", value, self._batches[0].num_models)
+            check_per_model(f"loss_args[{name!r}]", value, self._batches[0].num_models)
 
     def _report(self, losses: Tensor, latest: Tensor, aux: Any) -> Any:
         for batch in self._batches:
@@ -268,9 +275,9 @@ def make_joint_step(
     if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
         raise InvalidInput("accumulate", received=repr(accumulate), expected="a positive integer")
     if isinstance(clip_norm, Tensor) and clip_norm.dim():
-        _check_per_model("clip_norm", clip_norm, num_models)
+        check_per_model("clip_norm", clip_norm, num_models)
     for name, value in (loss_args or {}).items():
-        _check_per_model(f"loss_args[{name!r}]", value, num_models)
+        check_per_model(f"loss_args[{name!r}]", value, num_models)
     spec = StepSpec(
         loss_fn=loss_fn,
         optimizers=optimizers,
@@ -311,12 +318,6 @@ def _check_batches(batches: list[ModelBatch], optimizers: list[torch.optim.Optim
             raise InvalidInput(f"batch {index} has an optimizer but no parameter that requires a gradient")
     if all(optimizer is None for optimizer in optimizers):
         raise InvalidInput("a training step", received="no optimizer", expected="at least one")
-
-
-def _check_per_model(what: str, value: Any, num_models: int) -> None:
-    if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != num_models:
-        received = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise InvalidInput(what, received=received, expected=f"a tensor [{num_models}, ...], one entry per model")
 
 
 def _checked_active(active: Tensor | None, num_models: int) -> Tensor | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from mb_torch import OptimizerFactory, Unsupported
+from mb_torch import InvalidInput, OptimizerFactory, Unsupported
 from tests.compare import assert_close, assert_different, assert_equal
 from tests.contract.base import (
     ContractBase,
@@ -36,6 +36,12 @@ from tests.contract.base import (
 from tests.parity.loop import as_tree, batch_ended, train_alone
 
 counts = pytest.mark.parametrize("count", [1, 3])
+
+
+def smooth_loss(outputs: Tensor, targets: Tensor, smoothing: Tensor) -> Tensor:
+    log_probabilities = F.log_softmax(outputs, -1)
+    right = log_probabilities.gather(1, targets[:, None]).mean()
+    return -(1 - smoothing) * right - smoothing * log_probabilities.mean()
 
 
 class ForwardContract(ContractBase):
@@ -114,6 +120,33 @@ class ForwardContract(ContractBase):
         for shared, expected in by_hand.items():
             losses = mb.compute_loss(mb(inputs), targets, broadcast_loss, "none", shared_targets=shared)
             assert_close(losses, expected)
+
+    @pytest.mark.parametrize("own_targets", [False, True])
+    def test_arguments_of_each_model_s_loss(self, own_targets: bool) -> None:
+        models, smoothing = build(mlp, 3), torch.tensor([0.0, 0.1, 0.5])
+        targets = for_each(3, labels) if own_targets else labels()
+        mb = self.batch(models)
+        losses = mb.compute_loss(
+            mb(features()), targets, smooth_loss, reduction="none", loss_args={"smoothing": smoothing}
+        )
+        expected = [
+            smooth_loss(model(features()), targets[i] if own_targets else targets, smoothing[i])
+            for i, model in enumerate(models)
+        ]
+        assert_close(losses, torch.stack(expected))
+        assert_different(losses[0], losses[2])
+
+    def test_an_optimizer_step_without_gradients_changes_nothing(self) -> None:
+        mb = self.batch(build(mlp, 3))
+        optimizer = OptimizerFactory(torch.optim.Adam).create_optimizer(mb, [{}] * 3)
+        before = [dict(state) for state in copy.deepcopy(mb.get_model_states())]
+        optimizer.step()
+        assert_equal(mb.get_model_states(), before)
+
+    def test_arguments_of_another_number_of_models_are_refused(self) -> None:
+        mb = self.batch(build(mlp, 3))
+        with pytest.raises(InvalidInput, match=r"loss_args\['smoothing'\].*\[3, ...\]"):
+            mb.compute_loss(mb(features()), labels(), smooth_loss, loss_args={"smoothing": torch.zeros(2)})
 
     def test_targets_may_be_a_pytree(self) -> None:
         models = build(mlp, 3)
