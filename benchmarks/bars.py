@@ -37,6 +37,7 @@ PEER = "modelbatch 0.1.0"
 PEERS = {PEER: "modelbatch", "torchmb 0.2": "torchmb"}
 EAGER, FUSED, COMPILED = "ours, documented step", "ours, make_train_step", "ours, compiled"
 JAX_BY_HAND, JAX_SCAN = "jax by hand", "jax by hand, scan"
+TRAINED, TRAINED_BATCH = "GenericTrainer", "GenericTrainer of a batch"
 JAX_EAGER, JAX_FUSED, JAX_RUN = "ours on jax, documented step", "ours on jax, make_train_step", "ours on jax, step.run"
 
 
@@ -81,6 +82,15 @@ def bars_of_jax(timings: Timings) -> list[Bar]:
 def bars_of_cnns(timings: Timings) -> list[Bar]:
     """Bounds for convolutions: JAX, with the form of convolution that it chooses, against PyTorch."""
     return [Bar(f"{JAX_FUSED} / {FUSED}", timings.ratio(JAX_FUSED, FUSED), 1.5, at_least=False)]
+
+
+def bars_of_trainer(results: Results) -> list[Bar]:
+    """Bounds on what the trainer adds to a step, against the same steps in a loop written by hand."""
+    pairs = {"one": (TRAINED, "loop"), "many": (TRAINED_BATCH, FUSED)}
+    return [
+        Bar(f"{trained} / {hand}", results.timings[race].ratio(trained, hand), 1.05, at_least=False)
+        for race, (trained, hand) in pairs.items()
+    ]
 
 
 OURS = [EAGER, FUSED, COMPILED, JAX_EAGER, JAX_FUSED, JAX_RUN]

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cnn_step, comparison, mlp_step, peers, report, xla_step
+from benchmarks import cnn_step, comparison, mlp_step, peers, report, trainer_overhead, xla_step
 from benchmarks.bars import PEERS, Bar
 from benchmarks.floors import floor_of, measure_rates
 from benchmarks.measure import CHECKED_STEPS, Disagreement, agree_in_float64, peak_memory, race
@@ -18,7 +18,13 @@ from benchmarks.plan import Choices, Plan
 from benchmarks.results import Results
 
 RESULTS = Path(__file__).parent / "results"
-BENCHMARKS = {"mlp": mlp_step.plan, "xla": xla_step.plan, "cnn": cnn_step.plan, "comparison": comparison.plan}
+BENCHMARKS = {
+    "mlp": mlp_step.plan,
+    "xla": xla_step.plan,
+    "cnn": cnn_step.plan,
+    "comparison": comparison.plan,
+    "trainer": trainer_overhead.plan,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,6 +60,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="small models and few rounds, no bounds: a smoke run")
     parser.add_argument("--full", action="store_true", help="comparison: more numbers of models, own inputs (hours)")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the races that an interrupted run has written"
+    )
     parser.add_argument("--without-peers", action="store_true", help="leave out libraries that pip would download")
     options = parser.parse_args(arguments)
     if options.quick:
@@ -74,7 +83,11 @@ def _run(name: str, plan: Plan, options: argparse.Namespace, where: Mapping[str,
     _say(f"{rates.flops / 1e9:.0f} Gflop/s in a large product, {rates.bytes / 1e9:.0f} GB/s in a copy")
     floors = {key: floor_of(one.workload, rates) for key, one in plan.races.items()}
     results = Results({}, {}, rates, floors, {})
+    if options.resume and options.output is not None:
+        results.take_over(_data_file(name, options.output, where), plan.races, where, options.rounds)
     for key, one in plan.races.items():
+        if key in results.timings:
+            continue
         _say(str(one.workload))
         results.differences[key] = agree_in_float64(one.contestants, one.workload, options.threads)
         _say(f"all train the same weights in float64, up to {results.differences[key]:.0e}")
@@ -101,7 +114,7 @@ def _write(
     """The results so far as a page, which is written with the data and the figure if there is a folder for them."""
     page = _page(plan.title, where, results, bars, quick=options.quick)
     if options.output is not None:
-        path = options.output / f"{file_name(name, where.get('gpu'))}.json"
+        path = _data_file(name, options.output, where)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report.as_json(where, results, bars), indent=1) + "\n")
         path.with_suffix(".md").write_text(page + "\n")
@@ -109,6 +122,10 @@ def _write(
             plan.draw(results, path.with_suffix(".svg"))
         _say(f"written to {path}")
     return page
+
+
+def _data_file(benchmark: str, folder: Path, where: Mapping[str, Any]) -> Path:
+    return folder / f"{file_name(benchmark, where.get('gpu'))}.json"
 
 
 def file_name(benchmark: str, gpu: str | None) -> str:

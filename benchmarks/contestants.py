@@ -260,6 +260,12 @@ def _jax() -> ModuleType:
     return jax_contestants
 
 
+def _trainer() -> ModuleType:
+    from benchmarks import trainer_contestants
+
+    return trainer_contestants
+
+
 ON_TORCH: dict[str, Callable[[Any], Contestant]] = {
     "loop": Loop,
     "modelbatch 0.1.0": lambda workload: DocumentedStep(workload, peers.load("modelbatch")),
@@ -289,4 +295,9 @@ CONVOLUTIONS: dict[str, Callable[[Any], Contestant]] = {
     )
     for form in ("native", "matmul")
 }
-CONTESTANTS = {**ON_TORCH, **ON_JAX, **CONVOLUTIONS}
+# A trainer that makes the steps of `loop` and of our `make_train_step`.
+TRAINED: dict[str, Callable[[Any], Contestant]] = {
+    "GenericTrainer": lambda workload: _trainer().TrainedModule(workload),
+    "GenericTrainer of a batch": lambda workload: _trainer().TrainedBatch(workload),
+}
+CONTESTANTS = {**ON_TORCH, **ON_JAX, **CONVOLUTIONS, **TRAINED}

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from benchmarks.floors import Floor, Rates
-from benchmarks.measure import Memory, Spread, Timings
+from benchmarks.measure import Memory, Race, Spread, Timings
 
 
 @dataclass(frozen=True)
@@ -31,3 +35,28 @@ class Results:
         floor = self.floors[race]
         least = floor.flops / self.rates.flops if flops_only else floor.seconds
         return Spread.of([seconds / least for seconds in self.timings[race].seconds[contestant]])
+
+    def take_over(self, path: Path, races: Mapping[str, Race], where: Mapping[str, Any], rounds: int) -> None:
+        """Take the races that an interrupted run has written, where machine, versions and workload are the same.
+
+        Args:
+            path: The data that it wrote; nothing happens if there is none.
+            races: Those to be run.
+            where: The machine.
+            rounds: How many rounds are wanted.
+        """
+        if not path.is_file():
+            return
+        saved = json.loads(path.read_text())
+        if any(saved["machine"].get(key) != value for key, value in where.items() if key != "load_average_before"):
+            return
+        for name, own in saved["timings"].items():
+            race = races.get(name)
+            if race is None or own["workload"] != json.loads(json.dumps(asdict(race.workload))):
+                continue
+            if any(len(seconds) != rounds for seconds in own["seconds"].values()):
+                continue
+            if list(own["seconds"]) == race.contestants:
+                self.differences[name] = own["float64_weight_difference"]
+                timed = own["num_first_steps"], own["first_steps"], own["seconds"], own["loss_difference"]
+                self.timings[name] = Timings(race.workload, *timed)

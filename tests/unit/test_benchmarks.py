@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from benchmarks.measure import (
     check_weights,
     race,
 )
-from benchmarks.plan import Choices
+from benchmarks.plan import Choices, Plan
 from benchmarks.recipes import RECIPES
 from benchmarks.results import Results
 from benchmarks.worker import Weights, Worker, WorkerFailed
@@ -67,6 +68,13 @@ def test_contestants_on_jax_train_the_same_models(name: str) -> None:
 @pytest.mark.parametrize("name", [bars.FUSED, bars.JAX_FUSED, *CONVOLUTIONS])
 def test_contestants_train_the_same_convolutions(name: str) -> None:
     agrees_with_the_loop(name, IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("name", "workload"), [(bars.TRAINED, ONE), (bars.TRAINED_BATCH, SMALL), (bars.TRAINED_BATCH, SWEEP)]
+)
+def test_trainers_train_the_same_models(name: str, workload: MLPs) -> None:
+    agrees_with_the_loop(name, workload)
 
 
 @pytest.mark.parametrize("shared_input", [True, False])
@@ -142,6 +150,15 @@ def test_wrong_losses_are_noticed(spoil: str) -> None:
     check_losses({"right": right, "the same": right})
     with pytest.raises(Disagreement, match="wrong"):
         check_losses({"right": right, "wrong": wrong[spoil]})
+
+
+def test_a_single_model_is_compared_for_so_many_steps() -> None:
+    right = np.linspace(2.0, 1.0, 400)[:, None]
+    for step, value, agrees in ((299, 9.0, False), (300, 9.0, True), (300, np.nan, False)):
+        wrong = right.copy()
+        wrong[step] = value
+        with nullcontext() if agrees else pytest.raises(Disagreement, match="wrong"):
+            check_losses({"right": right, "wrong": wrong})
 
 
 def test_losses_must_fall() -> None:
@@ -242,6 +259,17 @@ def test_bars_of_jax_compare_single_steps_with_single_steps_and_scans_with_scans
     assert len(bars.bars_of_jax(timings)) == 2
 
 
+def test_bars_of_the_trainer_compare_it_with_the_same_steps_by_hand() -> None:
+    one = Timings(ONE, 5, {}, {"loop": [10.0, 10.0], bars.TRAINED: [10.4, 10.4]}, 0.0)
+    seconds = {"loop": 50.0, bars.FUSED: 10.0, bars.TRAINED_BATCH: 10.6}
+    many = Timings(SMALL, 5, {}, {name: [time, time] for name, time in seconds.items()}, 0.0)
+    found = bars.bars_of_trainer(Results({"one": one, "many": many}, {}, Rates(1.0, 1.0), {}, {}))
+    assert {bar.what: (bar.measured.median, bar.holds) for bar in found} == {
+        "GenericTrainer / loop": (1.04, True),
+        "GenericTrainer of a batch / ours, make_train_step": (1.06, False),
+    }
+
+
 def test_the_bar_of_convolutions_is_for_the_form_that_jax_chooses() -> None:
     seconds = {name: [9.0, 9.0] for name in CONVOLUTIONS} | {bars.FUSED: [2.0, 2.0], bars.JAX_FUSED: [4.0, 4.0]}
     (bar,) = bars.bars_of_cnns(Timings(IMAGES, 5, {}, seconds, 0.0))
@@ -339,6 +367,33 @@ def test_what_was_measured_before_a_failure_is_kept(monkeypatch: pytest.MonkeyPa
     assert (tmp_path / "comparison_step.svg").exists()
 
 
+@pytest.mark.parametrize("changed", [None, "workload", "rounds", "machine"])
+def test_an_interrupted_run_is_resumed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changed: str | None) -> None:
+    races = {name: Race(["loop"], replace(SMALL, batch=rows), 2, 2) for name, rows in (("few", 8), ("more", 16))}
+    raced: list[int] = []
+
+    def race(one: Race, threads: int, *, rounds: int, **_: object) -> Timings:
+        raced.append(one.workload.batch)
+        return Timings(one.workload, one.first_steps, {"loop": 1.0}, {"loop": [1.0] * rounds}, 0.0)
+
+    def run(names: list[str], *more: str) -> None:
+        plan = Plan("A benchmark", {name: races[name] for name in names}, lambda results: [])
+        monkeypatch.setitem(command.BENCHMARKS, "comparison", lambda choices: plan)
+        assert command.main(["--only", "comparison", "--output", str(tmp_path), *more]) == 0
+
+    monkeypatch.setattr(command, "agree_in_float64", lambda *_: 0.0)
+    monkeypatch.setattr(command, "measure_rates", lambda threads: Rates(1.0, 1.0))
+    monkeypatch.setattr(command, "race", race)
+    run(["few"], "--rounds", "15")
+    if changed == "workload":
+        races["few"] = replace(races["few"], workload=replace(SMALL, batch=8, hidden=9))
+    if changed == "machine":
+        monkeypatch.setattr(report, "cores", lambda: 77)
+    run(["few", "more"], "--rounds", "16" if changed == "rounds" else "15", "--resume")
+    assert raced == ([8, 16] if changed is None else [8, 8, 16])
+    assert [*json.loads((tmp_path / "comparison_step.json").read_text())["timings"]] == ["few", "more"]
+
+
 def test_bars_of_the_comparison() -> None:
     results = equal_results()
     timings = results.timings
@@ -392,6 +447,7 @@ def test_a_failed_installation_leaves_nothing(monkeypatch: pytest.MonkeyPatch, t
         ("xla", {"loop", bars.FUSED, *ON_JAX}),
         ("cnn", {"loop", bars.FUSED, bars.JAX_FUSED, *CONVOLUTIONS}),
         ("comparison", {*EAGER, *ON_JAX}),
+        ("trainer", {"loop", bars.TRAINED}),
     ],
 )
 def test_a_quick_run(name: str, contestants: set[str], tmp_path: Path) -> None:
