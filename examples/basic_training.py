@@ -1,71 +1,72 @@
-"""Train 16 small classifiers with 16 learning rates at once, by the documented loop and by the fused step.
+"""Train a small classifier with checkpoints, and take the best of them.
 
-Run it with ``python examples/basic_training.py``.
+Run it with ``python examples/basic_training.py``. With ``--output runs`` the checkpoints are kept: stop it with Ctrl-C
+and run it again, and it goes on where it was.
 """
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from mb_torch import ModelBatch, OptimizerFactory, create_adam_configs, create_lr_sweep_configs
+from model_training_framework.trainer import GenericTrainer, GenericTrainerConfig
 
-NUM_MODELS = 16
-
-
-def make_model() -> nn.Module:
-    return nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 2))
+EPOCHS = 12
 
 
-def make_data(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+def make_loader(rows: int, seed: int, *, shuffle: bool) -> DataLoader:
     """Points in a square, labelled by whether they lie within a ring."""
-    points = torch.rand(rows, 2) * 4 - 2
+    points = torch.rand(rows, 2, generator=torch.Generator().manual_seed(seed)) * 4 - 2
     radius = points.norm(dim=1)
-    return points, ((radius > 0.7) & (radius < 1.6)).long()
+    labels = ((radius > 0.7) & (radius < 1.6)).long()
+    return DataLoader(TensorDataset(points, labels), batch_size=64, shuffle=shuffle)
 
 
-def make_batch() -> tuple[ModelBatch, torch.optim.Optimizer]:
-    mb = ModelBatch.from_factory(make_model, seeds=range(NUM_MODELS))
-    rates = [config["lr"] for config in create_lr_sweep_configs(1e-4, 1e-1, NUM_MODELS)]
-    optimizer = OptimizerFactory(torch.optim.Adam).create_optimizer(mb, create_adam_configs(rates))
-    return mb, optimizer
+def accuracy(model: nn.Module, loader: DataLoader) -> float:
+    """Share of the points that the model labels right."""
+    with torch.no_grad():
+        right = [model(points).argmax(1) == labels for points, labels in loader]
+    return float(torch.cat(right).float().mean())
 
 
-def train_by_the_documented_loop(batches: list[tuple[torch.Tensor, torch.Tensor]]) -> ModelBatch:
-    mb, optimizer = make_batch()
-    for inputs, labels in batches:
-        optimizer.zero_grad()
-        outputs = mb(inputs)  # [num_models, batch, 2]
-        # "sum" trains every model as if alone; the default "mean" divides its gradient by num_models.
-        loss = mb.compute_loss(outputs, labels, nn.functional.cross_entropy, reduction="sum")
-        loss.backward()
-        optimizer.step()
-    return mb
+def train(folder: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 2))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
+    validation = make_loader(1000, seed=2, shuffle=False)
 
+    config = GenericTrainerConfig(
+        checkpoint_dir=str(folder),
+        experiment_name="basic_training",
+        max_epochs=EPOCHS,
+        monitor="val_loss",  # says which checkpoint is the best
+        save_top_k=3,
+        early_stopping_patience=4,
+    )
+    trainer = GenericTrainer(config, loss_fn=nn.functional.cross_entropy)
+    trainer.fit(model, optimizer, make_loader(2000, seed=1, shuffle=True), validation, scheduler)
 
-def train_by_the_fused_step(batches: list[tuple[torch.Tensor, torch.Tensor]]) -> ModelBatch:
-    mb, optimizer = make_batch()
-    step = mb.make_train_step(nn.functional.cross_entropy, optimizer)
-    for inputs, labels in batches:
-        step(inputs, labels)  # forward, loss, backward and update of all models
-    return mb
+    print(f"{trainer.global_step} steps in {trainer.current_epoch + 1} epochs")
+    print(f"loss {trainer.logs['loss']:.4f}, validation loss {trainer.logs['val_loss']:.4f}")
+    checkpoints = folder / "basic_training"
+    trainer.load_checkpoint(checkpoints / "best.ckpt")  # into the model
+    files = [path.name for path in sorted(checkpoints.glob("epoch_*.ckpt"))]
+    print(f"checkpoints: {', '.join(files)}; best: {(checkpoints / 'best.ckpt').resolve().name}")
+    print(f"accuracy of the best on 1000 unseen points: {accuracy(model, validation):.1%}")
 
 
 def main() -> None:
-    torch.manual_seed(0)
-    batches = [make_data(128) for _ in range(300)]
-    documented, fused = train_by_the_documented_loop(batches), train_by_the_fused_step(batches)
-
-    inputs, labels = make_data(2000)
-    with torch.no_grad():
-        right = (fused(inputs).argmax(-1) == labels).float().mean(1)  # [num_models]
-        difference = (documented(inputs) - fused(inputs)).abs().max()
-    best = int(right.argmax())
-    print(f"best of {NUM_MODELS}: model {best} with {right[best]:.1%}, worst {right.min():.1%}")
-    print(f"loop and fused step agree up to {difference:.1e}")
-
-    plain = fused.model(best)  # an nn.Module like any other, with its own copy of the weights
-    with torch.no_grad():
-        alone = (plain(inputs).argmax(-1) == labels).float().mean()
-    print(f"the best model, taken out of the batch: {alone:.1%}")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, help="folder of the checkpoints (default: a temporary one)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        train(options.output or Path(temporary))
 
 
 if __name__ == "__main__":

@@ -433,9 +433,9 @@ class TestReport:
             assert part in shown
 
 
-def test_example_of_basic_training() -> None:
+def test_simple_demo() -> None:
     """The script that newcomers read first; its two ways of training must agree."""
-    printed = run_python((ROOT / "examples" / "basic_training.py").read_text()).stdout
+    printed = run_python((ROOT / "examples" / "simple_demo.py").read_text()).stdout
     difference = re.search(r"loop and fused step agree up to (\S+)", printed)
     best, taken_out = re.findall(r"(?:with|batch:) ([\d.]+)%", printed)
     assert difference
