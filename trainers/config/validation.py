@@ -160,13 +160,14 @@ def _other_ranges(config: ExperimentConfig) -> Iterator[str]:
 
 
 def _scheduler_problems(scheduler: SchedulerConfig) -> Iterator[str]:
-    if scheduler.name == "step":
+    name = scheduler.name.lower()
+    if name == "step":
         if scheduler.step_size <= 0:
             yield problem("scheduler.step_size", scheduler.step_size, "more than 0")
         if not 0 < scheduler.gamma <= 1:
             yield problem("scheduler.gamma", scheduler.gamma, "more than 0 and at most 1")
     milestones = scheduler.milestones
-    if scheduler.name == "multistep" and (not milestones or milestones != sorted(set(milestones))):
+    if name == "multistep" and (not milestones or milestones != sorted(set(milestones))):
         yield problem("scheduler.milestones", milestones, "at least one number, all different and ascending")
     if scheduler.max_steps is not None and scheduler.warmup_steps >= scheduler.max_steps:
         expected = f"less than scheduler.max_steps = {scheduler.max_steps}"

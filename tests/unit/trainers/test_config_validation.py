@@ -84,6 +84,7 @@ def test_ranges(key: str, legal: Any, illegal: Any) -> None:
         ({"name": "step", "step_size": 0}, "scheduler.step_size"),
         ({"name": "step", "gamma": 0}, "scheduler.gamma"),
         ({"name": "step", "gamma": 1.5}, "scheduler.gamma"),
+        ({"name": "Step", "gamma": 1.5}, "scheduler.gamma"),
         ({"name": "multistep"}, "scheduler.milestones"),
         ({"name": "multistep", "milestones": [2, 2]}, "scheduler.milestones"),
         ({"name": "multistep", "milestones": [3, 2]}, "scheduler.milestones"),
