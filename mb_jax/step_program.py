@@ -288,6 +288,8 @@ def clipped(grads: Arrays, bound: jax.Array) -> Arrays:
     norms = [jnp.sqrt(jnp.sum(jnp.square(jnp.abs(grad)).reshape(len(grad), -1), axis=1)) for grad in grads]
     total = jnp.sqrt(sum(jnp.square(norm) for norm in norms))
     factor = jnp.minimum(bound.astype(total.dtype) / (total + 1e-6), 1.0)
+    # An infinite bound leaves a model alone, whose norm may be infinite too.
+    factor = jnp.where(jnp.isinf(bound), 1.0, factor)
     return [grad * factor.astype(grad.dtype).reshape(-1, *[1] * (grad.ndim - 1)) for grad in grads]
 
 

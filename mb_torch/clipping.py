@@ -47,7 +47,11 @@ def clip_gradients_(grads: Sequence[Tensor], max_norm: float | Tensor, norm_type
     """
     norms = gradient_norms(grads, norm_type)
     bound = max_norm.to(norms) if isinstance(max_norm, Tensor) else max_norm
-    scale_rows_(grads, (bound / (norms + 1e-6)).clamp(max=1.0))
+    factors = (bound / (norms + 1e-6)).clamp(max=1.0)
+    if isinstance(bound, Tensor):
+        # An infinite bound leaves a model alone, whose norm may be infinite too.
+        factors = torch.where(bound.isinf(), 1.0, factors)
+    scale_rows_(grads, factors)
     return norms
 
 

@@ -154,6 +154,17 @@ class StepsContract(ContractBase):
         self.check_step(mlp, clip_norm=0.1)
         self.check_step(mlp, clip_norm=1e9)
 
+    def test_an_infinite_bound_leaves_a_model_alone(self) -> None:
+        # Its norm overflows, its gradient does not.
+        mb = self.batch([nn.Linear(1, 1, bias=False) for _ in range(2)])
+        before = [state["weight"].clone() for state in mb.get_model_states()]
+        optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(mb, [{"lr": 1e-25}] * 2)
+        bounds = torch.tensor([float("inf"), 1.0])
+        step = mb.make_train_step(lambda outputs, _: 1e25 * outputs.sum(), optimizer, clip_norm=bounds)
+        step(torch.ones(1, 1), torch.zeros(1))
+        assert_close(mb.get_model_states()[0]["weight"], before[0] - 1.0)
+        assert_equal(mb.get_model_states()[1]["weight"], before[1])
+
     def test_clip_norm_of_each_model(self) -> None:
         models = build(mlp, 3)
         mb = self.batch(models)
