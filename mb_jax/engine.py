@@ -72,7 +72,7 @@ class JaxBackend:
     """
 
     name = "jax"
-    capabilities = Capabilities(ragged_rows=True)
+    capabilities = Capabilities(ragged_rows=True, survives_fork=False)
 
     def __init__(self, spec: BatchSpec) -> None:
         self.spec = spec

@@ -43,10 +43,13 @@ class Capabilities:
     Attributes:
         torch_compile: ``enable_compile`` has an effect.
         ragged_rows: Models may have different numbers of real rows in one batch.
+        survives_fork: Processes may be forked after the backend has run. One that computes in threads of its own does
+            not: a forked process lacks them, but not the locks they held.
     """
 
     torch_compile: bool = False
     ragged_rows: bool = False
+    survives_fork: bool = True
 
 
 @dataclass

@@ -27,6 +27,8 @@ class Boundaries:
     def __init__(self, trainer: GenericTrainer) -> None:
         self.trainer = trainer
         self._last_save = time.monotonic()
+        # Found once: it is needed after every step.
+        self._device = device_of(trainer.model)
 
     def was_saved(self) -> None:
         """Start counting the minutes to the next save."""
@@ -40,8 +42,7 @@ class Boundaries:
             KeyboardInterrupt: After Ctrl-C.
         """
         flags = self.trainer.signal_flags
-        device = device_of(self.trainer.model)
-        interrupted, requested = agreed([int(flags.interrupted), int(bool(flags.received))], device)
+        interrupted, requested = agreed([int(flags.interrupted), int(bool(flags.received))], self._device)
         if interrupted:
             self.trainer.save_checkpoint(emergency=True)
             raise KeyboardInterrupt("the run was saved and can be resumed")
@@ -54,7 +55,7 @@ class Boundaries:
         if minutes is None:
             return False
         is_over = time.monotonic() - self._last_save >= 60 * minutes
-        return bool(agreed([int(is_over)], device_of(self.trainer.model))[0])
+        return bool(agreed([int(is_over)], self._device)[0])
 
     def _handle_preemption(self) -> bool:
         """Save, and have Slurm start the job again, after a signal has come.
@@ -66,14 +67,13 @@ class Boundaries:
         signals = list(trainer.signal_flags.received) or [0]
         trainer.signal_flags.clear()
         decision = RequeueDecision(trainer.config, signals, trainer.preemption_count, trainer.has_advanced)
-        device = device_of(trainer.model)
-        counts, leaves_run = agreed([decision.counts, int(decision.leaves_run)], device)
+        counts, leaves_run = agreed([decision.counts, int(decision.leaves_run)], self._device)
         trainer.preemption_count += counts
         trainer.call_hooks("on_preemption_signal", signals[0], None)
         is_saving = trainer.config.preemption.checkpoint_on_preemption
         if is_saving and not trainer.is_saved_here():
             trainer.save_checkpoint(emergency=True)
-        trainer.requeued = bool(agreed([int(decision.carry_out())], device)[0])
+        trainer.requeued = bool(agreed([int(decision.carry_out())], self._device)[0])
         if not trainer.requeued and counts:
             # Nobody will start the job again, so the file must not say so.
             trainer.preemption_count -= counts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import re
@@ -17,6 +18,15 @@ from trainers.errors import DamagedCheckpointError, MissingCheckpointError, Trai
 DEFAULT_FILENAME = "epoch_{epoch:03d}_step_{step:06d}.ckpt"
 LATEST, BEST = "latest.ckpt", "best.ckpt"
 _LOGGER = logging.getLogger(__name__)
+# Phases that a run is saved in, in their order within an epoch.
+_FINISHED = [
+    "TRAIN_START_EPOCH",
+    "TRAIN_BATCH_END",
+    "VAL_START_EPOCH",
+    "VAL_BATCH_END",
+    "EPOCH_END",
+    "TRAINING_COMPLETE",
+]
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 
 
@@ -27,13 +37,13 @@ class CheckpointFile:
     Attributes:
         name: Of the file, in the checkpoint folder.
         step: Optimizer steps done.
-        saved: Seconds since 1970.
+        place: How far the run was, to be compared; not the time, since clocks jump.
         value: Of the monitored metric; None for saves within an epoch.
     """
 
     name: str
     step: int
-    saved: float
+    place: tuple[int, ...]
     value: float | None
 
 
@@ -70,11 +80,22 @@ class CheckpointStore:
         self._mode = mode
 
     def open(self) -> None:
-        """Make the folder, remove what killed saves have left, and look through the files there are."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Make the folder, remove what killed saves have left, and look through the files there are.
+
+        Raises:
+            TrainerError: There is no such folder, and none can be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrainerError(
+                f"checkpoint_dir: the folder {self.folder} cannot be made ({error})", fix="Choose another one."
+            ) from error
         for path in sorted(self.folder.iterdir()):
             if _TEMPORARY.fullmatch(path.name):
-                path.unlink(missing_ok=True)
+                # Who only looks at a finished run may have no right to.
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
         self.look()
 
     def look(self) -> None:
@@ -91,11 +112,11 @@ class CheckpointStore:
                     CheckpointFile(
                         path.name,
                         content["global_step"],
-                        content["save_timestamp"],
+                        _place_in(content["resume_state"]),
                         self._value_in(content),
                     )
                 )
-        self.files.sort(key=lambda file: (file.step, file.saved))
+        self.files.sort(key=lambda file: (file.step, file.place))
 
     def newest(self) -> dict[str, Any]:
         """Read the newest file that is undamaged.
@@ -189,7 +210,7 @@ class CheckpointStore:
         write_checkpoint(content, path, deadline, timeout_error)
         self.best = best
         self.files = [file for file in self.files if file.name != name]
-        self.files.append(CheckpointFile(name, content["global_step"], content["save_timestamp"], value))
+        self.files.append(CheckpointFile(name, content["global_step"], _place_in(content["resume_state"]), value))
         self._link(LATEST, name)
         if best is not None and best["file"] == name:
             self._link(BEST, name)
@@ -232,3 +253,10 @@ class CheckpointStore:
         temporary.symlink_to(target)
         temporary.replace(self.folder / link)
         flush_folder(self.folder)
+
+
+def _place_in(resume_state: Mapping[str, Any]) -> tuple[int, ...]:
+    """Tells checkpoints of one step apart: epoch, what was finished in it, batches of training and of validation."""
+    train, val = resume_state["train"] or {}, resume_state["val"] or {}
+    phase = _FINISHED.index(resume_state["phase"]) if resume_state["phase"] in _FINISHED else -1
+    return resume_state["epoch"], phase, train.get("batch_idx", 0), val.get("batch_idx", 0)

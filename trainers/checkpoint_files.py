@@ -6,6 +6,7 @@ A file holds tensors on the CPU, numbers, strings, lists and dicts, so ``torch.l
 
 from __future__ import annotations
 
+import contextlib
 import numbers
 import os
 import threading
@@ -157,7 +158,7 @@ def write_checkpoint(
         timeout_error: Makes the error for a save that is not done by then.
 
     Raises:
-        TrainerError: From ``timeout_error``; no file has changed.
+        TrainerError: From ``timeout_error``, or because the disk is full or cannot be written to; no file has changed.
     """
     decision = threading.Lock()
     is_committed = is_abandoned = False
@@ -180,7 +181,9 @@ def write_checkpoint(
         except BaseException as error:
             failures.append(error)
         finally:
-            temporary.unlink(missing_ok=True)
+            # A disk that can no longer be written to refuses this as well; the next start tidies up.
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     thread = threading.Thread(target=work, name="checkpoint", daemon=True)
     thread.start()
@@ -192,8 +195,22 @@ def write_checkpoint(
         if is_abandoned:
             raise timeout_error()
         thread.join()
-    if failures:
-        raise failures[0]
+    for failure in failures:
+        if isinstance(failure, (OSError, RuntimeError)) and not isinstance(failure, TrainerError):
+            raise _not_written(path, failure) from failure
+        raise failure
+
+
+def _not_written(path: Path, failure: BaseException) -> TrainerError:
+    # Of a write that fails torch tells only that the archive is incomplete; the reason is what that followed.
+    cause: BaseException | None = failure
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return TrainerError(
+        f"the checkpoint {path} was not written: {failure if cause is None else cause}",
+        fix="The earlier checkpoints are as they were: make room or make the folder writable, then start the same "
+        "command again.",
+    )
 
 
 def flush_folder(folder: Path) -> None:

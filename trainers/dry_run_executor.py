@@ -26,12 +26,12 @@ class DryRunExecutor:
 
     def check(self, plan: Plan) -> None:
         """Warn if the script is missing: a run would refuse that."""
-        if not plan.script_path.is_file():
+        if plan.build is None and not plan.script_path.is_file():
             _LOGGER.warning("the script %s does not exist; a run would refuse that", plan.script_path)
 
     def run(self, plan: Plan) -> Generator[Outcome]:
         """Write the commands, and say of each experiment that it was a dry run."""
-        commands = "".join(f"{shlex.join(plan.command(job))}\n" for job in plan.jobs)
+        commands = "".join(f"{shlex.join(task.command)}\n" for task in plan.tasks())
         write_atomically(plan.output_dir / COMMANDS_FILE, commands)
         for name in write_job_scripts(plan):
             _LOGGER.info("no %s job scripts were written: its executor is not installed", name)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trainers.config.errors import ConfigurationError
+from trainers.packing import PACK_FILE, PACKS_FOLDER, pack, pack_command, pack_name
 
 if TYPE_CHECKING:
     from trainers.config.schema import ExperimentConfig
@@ -77,6 +78,25 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Task:
+    """What one process runs.
+
+    Attributes:
+        jobs: Its experiments: one for a script, several for a pack.
+        command: That runs them, in the project's folder.
+        folder: For its output.
+        output_name: Of the files with its output, without suffix.
+        is_pack: Whether the process itself says what became of each of its experiments, see `trainers.packing`.
+    """
+
+    jobs: tuple[Job, ...]
+    command: list[str]
+    folder: Path
+    output_name: str
+    is_pack: bool = False
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything an executor is told.
 
@@ -85,9 +105,12 @@ class Plan:
         script_path: The training script, absolute.
         project_root: The project's folder, absolute; working directory of the experiments.
         output_dir: Folder of the grid search, absolute.
-        max_concurrent_jobs: How many experiments may run at once; None leaves it to the executor.
+        max_concurrent_jobs: How many experiments, or packs of them, may run at once; None leaves it to the executor.
         template_path: Template of job scripts, where the user named one.
         lock: File descriptor that holds `output_dir`; child processes inherit it, so that it is held while they live.
+        build: ``"module:function"`` that builds experiments, which are then trained in packs; None for a script each.
+        pack_size: How many experiments a pack may have; None for the default.
+        backend: Of the batches; None for the default, ``"auto"`` to try which is the fastest.
     """
 
     jobs: tuple[Job, ...]
@@ -97,9 +120,31 @@ class Plan:
     max_concurrent_jobs: int | None = None
     template_path: Path | None = None
     lock: int | None = None
+    build: str | None = None
+    pack_size: int | None = None
+    backend: str | None = None
 
-    def command(self, job: Job) -> list[str]:
-        """The command that runs one experiment."""
+    def tasks(self) -> list[Task]:
+        """What is to be started: a script for each experiment, or a process for each pack of built experiments."""
+        if self.build is None:
+            return [Task((job,), self._command(job), job.folder, f"local-{job.index}") for job in self.jobs]
+        tasks = []
+        for places in pack([job.config for job in self.jobs], self.pack_size):
+            jobs = tuple(self.jobs[place] for place in places)
+            folder = self.output_dir / PACKS_FOLDER / pack_name(self.build, [job.name for job in jobs])
+            tasks.append(Task(jobs, pack_command(str(folder)), folder, "local", is_pack=True))
+        return tasks
+
+    def pack_contents(self) -> dict[Path, dict[str, Any]]:
+        """What has to be written for the packs to run: contents of files."""
+        if self.build is None:
+            return {}
+        common = {"build": self.build, "backend": self.backend}
+        return {
+            task.folder / PACK_FILE: {**common, "experiments": [job.name for job in task.jobs]} for task in self.tasks()
+        }
+
+    def _command(self, job: Job) -> list[str]:
         options = {"--config": job.config_path, "--experiment-name": job.name, "--output-dir": job.folder}
         pairs = [text for option, value in options.items() for text in (option, str(value))]
         return [sys.executable, str(self.script_path), *pairs]

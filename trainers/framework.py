@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import re
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from datetime import datetime
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from trainers.config import (
 from trainers.config.grid_files import base_from_file
 from trainers.executors import Job, Outcome, Plan, create_executor, create_launcher
 from trainers.grid_folder import GridFolder
+from trainers.packing import pack
 
 DEFAULT_SCRIPT = Path("scripts", "train.py")
 
@@ -87,10 +91,17 @@ class ModelTrainingFramework:
         naming_strategy: NamingStrategy = NamingStrategy.HASH_BASED,
         script_path: str | Path | None = None,
         rerun_failed_only: bool = False,
+        build: str | None = None,
+        pack_size: int | None = None,
+        backend: str | None = None,
     ) -> GridSearchResult:
         """Run an experiment for every combination of the grids.
 
         Everything is checked before anything is written or started. One bad run does not stop the others.
+
+        An experiment is a script, which runs in a process of its own, or it is built by a function: then those that
+        differ only in what a batch has for each model (see `trainers.packing`) are trained at once, and each still has
+        its own folder with configuration, metrics and checkpoints.
 
         Args:
             parameter_grids: The grids, one after another.
@@ -100,12 +111,18 @@ class ModelTrainingFramework:
                 all have ended; ``DRY_RUN`` writes configurations and commands only.
             output_dir: Folder for everything that is written. Default: ``experiments/grid_search_<date>_<time>`` in
                 the project. Experiments of another configuration that are there already are never overwritten.
-            max_concurrent_jobs: How many experiments may run at once. Default: one locally, no limit with Slurm.
+            max_concurrent_jobs: How many experiments, or packs of built ones, may run at once. Default: one locally,
+                no limit with Slurm.
             naming_strategy: How the experiments are called.
             script_path: The training script, relative to the project. Default: ``scripts/train.py``. It gets
                 ``--config FILE --experiment-name NAME --output-dir FOLDER``.
             rerun_failed_only: Of the grid search in ``output_dir``, run what is neither complete nor at work, under the
                 same names; the result speaks of these only.
+            build: ``"module:function"``, importable from the project's folder: ``function(config)`` returns a
+                `trainers.built.Built`. Then ``script_path`` is not used.
+            pack_size: How many built experiments are trained at once. Default: 64, or as many as fit into memory.
+            backend: Of the batches of built experiments, ``"auto"`` to try which is the fastest. Default: as for
+                `mb_torch.ModelBatch`.
 
         Returns:
             What became of each experiment.
@@ -129,6 +146,7 @@ class ModelTrainingFramework:
         _check_jobs_at_once(max_concurrent_jobs)
         if rerun_failed_only and output_dir is None:
             raise ConfigurationError("rerun_failed_only: received no output_dir; expected that of the earlier search")
+        _check_build(build, pack_size, backend, script_path, self.project_root)
         search = self._search(parameter_grids, base_config, base_config_path, naming_strategy)
         folder = GridFolder(self._output_dir(output_dir, moment), self._config_manager)
         if rerun_failed_only:
@@ -144,6 +162,9 @@ class ModelTrainingFramework:
             output_dir=folder.path,
             max_concurrent_jobs=max_concurrent_jobs,
             template_path=self.slurm_template_path,
+            build=build,
+            pack_size=pack_size,
+            backend=backend,
         )
         executor = create_executor(mode.value)
         executor.check(plan)
@@ -161,7 +182,7 @@ class ModelTrainingFramework:
             folder.refuse_other_configurations(plan.jobs)
             if rerun_failed_only:
                 plan = replace(plan, jobs=folder.unsettled(plan.jobs))
-            folder.write_plan(search, plan.jobs)
+            folder.write_plan(search, plan)
             try:
                 with closing(executor.run(replace(plan, lock=lock))) as running:
                     for outcome in running:
@@ -226,6 +247,34 @@ def _checked_mode(mode: object) -> ExecutionMode:
 def _check_jobs_at_once(count: object) -> None:
     if count is not None and (type(count) is not int or count < 1):
         raise ConfigurationError(f"max_concurrent_jobs: received {count!r}; expected a whole number >= 1, or None")
+
+
+def _check_build(
+    build: object, pack_size: int | None, backend: object, script_path: object, project_root: Path
+) -> None:
+    if build is None:
+        for name, value in (("pack_size", pack_size), ("backend", backend)):
+            if value is not None:
+                raise ConfigurationError(f"{name}: received {value!r} without build; expected it with build only")
+        return
+    pack([], pack_size)  # refuses a bad size
+    if script_path is not None:
+        raise ConfigurationError("received both build and script_path; expected one of them")
+    module = build.partition(":")[0] if isinstance(build, str) and re.fullmatch(r"[\w.]+:\w+", build) else None
+    if module is None:
+        raise ConfigurationError(f"build: received {build!r}; expected 'module:function'")
+    if backend is not None and not isinstance(backend, str):
+        raise ConfigurationError(f"backend: received {backend!r}; expected the name of one, 'auto', or None")
+    # Found but not imported, which may take longer than everything else here.
+    places: Sequence[str] = [str(project_root), *sys.path]
+    for name in module.split("."):
+        spec = PathFinder.find_spec(name, places)
+        if spec is None:
+            raise ConfigurationError(
+                f"build: received {build!r}, but no {name!r} was found in {project_root} or on sys.path; expected "
+                "'module:function', importable from the project's folder"
+            )
+        places = list(spec.submodule_search_locations or ())
 
 
 def _result(

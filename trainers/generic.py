@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mb_torch import ModelBatch
 from trainers.boundaries import Preempted
@@ -18,15 +18,18 @@ from trainers.checkpoint_files import checkpoint_timeout, preemption_timeout, re
 from trainers.config.errors import ConfigurationError
 from trainers.errors import MissingCheckpointError, TrainerError
 from trainers.hooks import TrainerHooks
+from trainers.loader_processes import can_fork
 from trainers.loaders import make_resumable
 from trainers.loggers import make_loggers, messages_as_configured
 from trainers.loop import TrainingLoop
 from trainers.metrics import model_metrics_of
+from trainers.per_model import PerModel
 from trainers.preemption import SignalFlags, is_first_rank, wait_for_all_ranks
+from trainers.reproducibility import algorithms, seed_everything
 from trainers.schedules import as_list
 from trainers.settings import GenericTrainerConfig
-from trainers.snapshot import apply_objects, apply_run, collect, is_finished, own_rank
-from trainers.states import ResumeState, TrainerPhase
+from trainers.snapshot import apply_objects, apply_run, collect, is_finished, own_rank, restore_callbacks
+from trainers.states import ResumeState, TrainerPhase, restore_rng_state
 from trainers.training import AutogradTraining, FusedTraining, Training, as_pair, device_of
 
 _LOGGER = logging.getLogger(__name__)
@@ -46,6 +49,9 @@ class GenericTrainer(TrainerHooks):
         config: Of the trainer. Default: all defaults.
         loss_fn: ``loss_fn(outputs, targets)`` of one model; batches are then ``(inputs, targets)``. Default: the step
             functions are overridden.
+        metrics: With ``loss_fn``, what validation reports besides the loss: ``metric(outputs, targets)`` of one model,
+            a tensor of one element, by name.
+        per_model: With ``loss_fn``, what differs between the models of a `ModelBatch`.
 
     Attributes:
         config: As given.
@@ -62,9 +68,10 @@ class GenericTrainer(TrainerHooks):
         preemption_count: How often the run was requeued.
         logs: Of the last finished epoch.
         model_metrics: Of the last finished epoch, one value per model of a `ModelBatch`.
+        stopped_models: Models that were stopped before the end, with the reason; a single module is model 0.
 
     Raises:
-        ConfigurationError: The config is no `GenericTrainerConfig`.
+        ConfigurationError: The config is no `GenericTrainerConfig`; ``metrics`` or ``per_model`` without ``loss_fn``.
 
     Example:
         >>> import tempfile
@@ -79,12 +86,28 @@ class GenericTrainer(TrainerHooks):
     """
 
     def __init__(
-        self, config: GenericTrainerConfig | None = None, *, loss_fn: Callable[..., Any] | None = None
+        self,
+        config: GenericTrainerConfig | None = None,
+        *,
+        loss_fn: Callable[..., Any] | None = None,
+        metrics: Mapping[str, Callable[[Any, Any], Tensor]] | None = None,
+        per_model: PerModel | None = None,
     ) -> None:
         if config is not None and not isinstance(config, GenericTrainerConfig):
             raise ConfigurationError(
                 f"GenericTrainer: received a {type(config).__name__}; expected a GenericTrainerConfig. "
                 "GenericTrainerConfig.from_experiment_config makes one from an ExperimentConfig."
+            )
+        if loss_fn is None and (metrics or per_model is not None):
+            raise ConfigurationError(
+                "GenericTrainer: received metrics or per_model without loss_fn, which would have no effect; expected "
+                "loss_fn, or step functions that see to them"
+            )
+        reported = [name.removeprefix("val_") for name in ("loss", *(metrics or {}))]
+        if len(set(reported)) < len(reported) or not all(map(callable, (metrics or {}).values())):
+            raise ConfigurationError(
+                f"metrics: received {metrics!r}; expected functions by name, all names different, with and without "
+                "'val_', from each other and from 'loss', under which the loss itself is reported"
             )
         super().__init__()
         self.config = GenericTrainerConfig() if config is None else config
@@ -100,9 +123,12 @@ class GenericTrainer(TrainerHooks):
         self.preemption_count = 0
         self.logs: dict[str, Any] = {}
         self.model_metrics: dict[str, Any] = {}
+        self.stopped_models: dict[int, str] = {}
         self.signal_flags = SignalFlags(self.config.signal_numbers())
         self.store = self._make_store()
         self._loss_fn = loss_fn
+        self._metrics = dict(metrics or {})
+        self._per_model = per_model
         self._loop: TrainingLoop | None = None
         self._to_load: dict[str, Any] | None = None
         self._saved_at: tuple[Any, ...] | None = None
@@ -137,17 +163,29 @@ class GenericTrainer(TrainerHooks):
         self._check_steps(val_loader is not None)
         self.stop_training = self.preempted = self.requeued = False
         self.signal_flags.clear()
-        with messages_as_configured(self.config.logging):
-            loop = self._make_loop(train_loader, val_loader)
-            content = self._content_to_resume()
-            if content is not None and is_finished(content, self.config):
-                apply_objects(self, loop.schedulers, content)
-                self._set_position(ResumeState.from_dict(content["resume_state"]))
-                self.logs = dict(content["metrics"])
-                self.model_metrics = model_metrics_of(self.logs)
-                _LOGGER.info("this run is complete: its weights were loaded, and nothing is trained")
-                return
-            self._run(loop, content)
+        chosen = algorithms(deterministic=self.config.deterministic, benchmark=self.config.benchmark)
+        # From now on: what is to be resumed may take long to load.
+        self.signal_flags.install()
+        try:
+            with messages_as_configured(self.config.logging), chosen:
+                loop = self._make_loop(train_loader, val_loader)
+                content = self._content_to_resume()
+                if content is not None and is_finished(content, self.config):
+                    apply_objects(self, loop.schedulers, content)
+                    state, _ = own_rank(content)
+                    self._set_position(state)
+                    if state.rng is not None:
+                        # Where the run was killed after its last save, the program goes on as after the run itself.
+                        restore_rng_state(state.rng)
+                    self.logs = dict(content["metrics"])
+                    self.model_metrics = model_metrics_of(self.logs)
+                    restore_callbacks(self.callbacks, content["callbacks"])
+                    self.stopped_models = dict(content["early_stopping"]["stopped"])
+                    _LOGGER.info("this run is complete: its weights were loaded, and nothing is trained")
+                    return
+                self._run(loop, content)
+        finally:
+            self.signal_flags.restore()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Return the loss of one batch, and whatever else is to be logged. Override it, or give ``loss_fn``.
@@ -159,7 +197,8 @@ class GenericTrainer(TrainerHooks):
         Returns:
             A dict with the key ``"loss"``: a tensor to differentiate.
         """
-        return {"loss": self._loss(batch)}
+        outputs, targets = self._run_model(batch)
+        return {"loss": self._loss(outputs, targets)}
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Return the metrics of one validation batch. Override it, or give ``loss_fn``.
@@ -171,7 +210,9 @@ class GenericTrainer(TrainerHooks):
         Returns:
             Metrics by name.
         """
-        return {"loss": self._loss(batch)}
+        outputs, targets = self._run_model(batch)
+        metrics = {name: self._for_each_model(outputs, targets, metric) for name, metric in self._metrics.items()}
+        return {"loss": self._loss(outputs, targets), **metrics}
 
     def save_checkpoint(self, emergency: bool = False) -> Path:
         """Write a checkpoint of the run as it is; at the end of a batch, of an epoch or of the run.
@@ -264,14 +305,25 @@ class GenericTrainer(TrainerHooks):
         """Whether this call of `fit` has made an optimizer step."""
         return self.global_step > self._step_at_start
 
-    def _loss(self, batch: Any) -> torch.Tensor:
+    def _run_model(self, batch: Any) -> tuple[Any, Any]:
+        """Outputs and targets."""
         if self._loss_fn is None:
             raise NotImplementedError("override training_step and validation_step, or give GenericTrainer loss_fn=")
         inputs, targets = as_pair(batch, device_of(self.model))
-        outputs = self.model(inputs)
+        return self.model(inputs), targets
+
+    def _loss(self, outputs: Any, targets: Any) -> Tensor:
+        assert self._loss_fn is not None
+        arguments = None if self._per_model is None else self._per_model.loss_args_on(device_of(self.model))
+        return self._for_each_model(outputs, targets, self._loss_fn, arguments)
+
+    def _for_each_model(
+        self, outputs: Any, targets: Any, function: Callable[..., Tensor], arguments: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """One value, or one per model of a `ModelBatch`."""
         if isinstance(self.model, ModelBatch):
-            return self.model.compute_loss(outputs, targets, self._loss_fn, reduction="none")
-        return self._loss_fn(outputs, targets)
+            return self.model.compute_loss(outputs, targets, function, reduction="none", loss_args=arguments)
+        return function(outputs, targets)
 
     def _check_steps(self, validates: bool) -> None:
         """Refuse, before the first batch, what would fail at the first."""
@@ -301,18 +353,30 @@ class GenericTrainer(TrainerHooks):
             self.model.compile()
             self._compiled = self.model
         training: Training
+        may_fork = can_fork(self.model)
         overrides = type(self).training_step is not GenericTrainer.training_step
         if isinstance(self.model, ModelBatch) and self._loss_fn is not None and not overrides:
             training = FusedTraining(
-                self.model, self.optimizer, self.config, self._loss_fn, self.set_phase, self._freeze_models
+                self.model,
+                self.optimizer,
+                self.config,
+                self._loss_fn,
+                self.set_phase,
+                self._freeze_models,
+                self._per_model or PerModel(),
+            )
+        elif self._per_model is not None:
+            raise ConfigurationError(
+                "per_model: received settings of single models; expected them only with a ModelBatch whose "
+                "training_step is not overridden"
             )
         else:
             training = AutogradTraining(self.model, self.optimizer, self.config, self.training_step, self.set_phase)
         return TrainingLoop(
             self,
             training,
-            make_resumable(train_loader, "train_loader"),
-            None if val_loader is None else make_resumable(val_loader, "val_loader"),
+            make_resumable(train_loader, "train_loader", can_fork=may_fork),
+            None if val_loader is None else make_resumable(val_loader, "val_loader", can_fork=may_fork),
             schedulers,
         )
 
@@ -343,8 +407,10 @@ class GenericTrainer(TrainerHooks):
         self._loop, self._saved_at = loop, None
         state, loader_state = None, None
         self._set_position(ResumeState(TrainerPhase.INIT, 0, 0))
-        self.logs, self.model_metrics, self.preemption_count = {}, {}, 0
+        self.logs, self.model_metrics, self.stopped_models, self.preemption_count = {}, {}, {}, 0
         trackers: dict[str, Any] = {}
+        if content is None and self.config.seed is not None:
+            seed_everything(self.config.seed)
         if content is not None:
             apply_objects(self, loop.schedulers, content)
             apply_run(self, loop, content)
@@ -361,7 +427,6 @@ class GenericTrainer(TrainerHooks):
                 trackers,
                 None if state is None else state.global_step,
             )
-        self.signal_flags.install()
         try:
             if state is not None:
                 self.call_hooks("on_resume_from_checkpoint", state)
@@ -376,7 +441,6 @@ class GenericTrainer(TrainerHooks):
             self.set_phase(TrainerPhase.ERROR_FATAL)
             raise
         finally:
-            self.signal_flags.restore()
             loop.close()
 
     def _place(self, state: ResumeState) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ from trainers.config.manager import ConfigurationManager
 from trainers.config.naming import NamingStrategy
 from trainers.config.results import GridSearchResult
 from trainers.config.search import ParameterGridSearch
-from trainers.executors import Job, read_record, settled_folders
+from trainers.executors import Job, Plan, read_record, settled_folders
 
 if sys.platform != "win32":
     import fcntl
@@ -114,16 +114,18 @@ class GridFolder:
         settled = settled_folders([job.folder for job in jobs])
         return tuple(job for job in jobs if job.folder not in settled)
 
-    def write_plan(self, search: ParameterGridSearch, jobs: Sequence[Job]) -> None:
-        """Write the search and the configurations of the experiments.
+    def write_plan(self, search: ParameterGridSearch, plan: Plan) -> None:
+        """Write the search, the configurations of the experiments, and what their packs are to run.
 
         Args:
             search: The search.
-            jobs: The experiments.
+            plan: Its experiments.
         """
         search.save_grid_config(self.path / GRID_FILE)
-        for job in jobs:
+        for job in plan.jobs:
             self._manager.save_config(job.config, job.config_path)
+        for path, content in plan.pack_contents().items():
+            write_atomically(path, written(content, "json"))
 
     def write_summary(self, result: GridSearchResult, moment: datetime) -> None:
         """Write what became of the experiments.

@@ -16,6 +16,7 @@ generators at every index, between the draws of the model, needs a generator of 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import warnings
@@ -26,6 +27,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from mb_torch import MissingPackage
 from trainers.errors import TrainerError
+from trainers.loader_processes import WorkerStart, safe_context, signals_kept
 from trainers.loader_randomness import (
     Generator,
     ReplayedSampler,
@@ -67,12 +69,14 @@ class ResumableLoader(Protocol):
         """Let worker processes go at the end of a run; the position can still be asked for."""
 
 
-def make_resumable(loader: Any, name: str) -> ResumableLoader:
+def make_resumable(loader: Any, name: str, *, can_fork: bool = True) -> ResumableLoader:
     """Wrap a loader by its kind; see the module's table.
 
     Args:
         loader: Of batches; it can be iterated again and again.
         name: What the loader is called in errors.
+        can_fork: Whether worker processes may be copies of this process. If not, they are started in another way
+            where the loader does not say how; see `trainers.loader_processes`.
 
     Returns:
         A loader that can be resumed.
@@ -90,10 +94,11 @@ def make_resumable(loader: Any, name: str) -> ResumableLoader:
         return _ListLoader(loader, name)
     if isinstance(loader, DataLoader):
         stateful_class = _stateful_class()
+        context = loader.multiprocessing_context if can_fork else safe_context(loader, name)
         stateless_stream = isinstance(loader.dataset, IterableDataset) and not hasattr(loader.dataset, "state_dict")
         if type(loader) in (DataLoader, stateful_class) and not stateless_stream:
-            return _StatefulLoader(loader, stateful_class, name)
-        return _SkippingLoader(loader, name)
+            return _StatefulLoader(loader, stateful_class, context, name)
+        return _SkippingLoader(loader, name, context)
     if isinstance(loader, Iterator) or not isinstance(loader, Iterable):
         raise TrainerError(
             name,
@@ -137,9 +142,10 @@ class _ListLoader:
 class _SkippingLoader:
     """Anything iterable: what had been used is drawn again."""
 
-    def __init__(self, loader: Any, name: str) -> None:
+    def __init__(self, loader: Any, name: str, context: Any = None) -> None:
         self._loader = loader
         self._name = name
+        self._context = context
         self._generators = generators_of(loader)
         self._at_start = generator_states(self._generators)
 
@@ -148,7 +154,11 @@ class _SkippingLoader:
 
     def start(self) -> Iterator[Any]:
         self._at_start = generator_states(self._generators)
-        return iter(self._loader)
+        if not isinstance(self._loader, DataLoader) or not self._loader.num_workers:
+            return iter(self._loader)
+        begin = WorkerStart(self._loader.worker_init_fn)
+        with signals_kept(begin, self._context), _changed(self._loader, self._context, begin):
+            return iter(self._loader)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -181,14 +191,20 @@ class _SkippingLoader:
 class _StatefulLoader:
     """A ``DataLoader`` rebuilt as a ``StatefulDataLoader``."""
 
-    def __init__(self, loader: DataLoader[Any], stateful_class: Any, name: str) -> None:
+    def __init__(self, loader: DataLoader[Any], stateful_class: Any, context: Any, name: str) -> None:
         self._name = name
         self._generators = generators_of(loader)
         self._at_start = generator_states(self._generators)
         self._num_workers = loader.num_workers
         self._dataset: Any = loader.dataset
         self._has_state = hasattr(loader.dataset, "state_dict") and hasattr(loader.dataset, "load_state_dict")
-        self._loader = _rebuilt(loader, stateful_class)
+        self._worker_start = WorkerStart(loader.worker_init_fn)
+        self._loader = _rebuilt(
+            loader,
+            stateful_class,
+            multiprocessing_context=context,
+            worker_init_fn=self._worker_start if loader.num_workers else loader.worker_init_fn,
+        )
         self._is_running = False
         self._last_state: dict[str, Any] | None = None
 
@@ -198,7 +214,10 @@ class _StatefulLoader:
     def start(self) -> Iterator[Any]:
         self._at_start = generator_states(self._generators)
         self._is_running = True
-        return iter(self._loader)
+        if not self._num_workers:
+            return iter(self._loader)
+        with signals_kept(self._worker_start, self._loader.multiprocessing_context):
+            return iter(self._loader)
 
     def state_dict(self) -> dict[str, Any]:
         if self._last_state is not None:
@@ -242,24 +261,34 @@ class _StatefulLoader:
         self._loader.load_state_dict({})
 
 
-def _rebuilt(loader: DataLoader[Any], stateful_class: Any) -> Any:
+@contextlib.contextmanager
+def _changed(loader: DataLoader[Any], context: Any, begin: WorkerStart) -> Iterator[None]:
+    """Let a loader that is not ours start its workers in our way, and leave it as it was."""
+    before = loader.multiprocessing_context, loader.worker_init_fn
+    loader.multiprocessing_context, loader.worker_init_fn = context, begin
+    try:
+        yield
+    finally:
+        loader.multiprocessing_context, loader.worker_init_fn = before
+
+
+def _rebuilt(loader: DataLoader[Any], stateful_class: Any, **changed: Any) -> Any:
     """The same loader with a state; without persistent workers, which would keep the state of an earlier epoch."""
     # torchdata 0.11 calls a function that torch deprecated later.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated", category=UserWarning)
-        return _stateful(loader, stateful_class)
+        return _stateful(loader, stateful_class, changed)
 
 
-def _stateful(loader: DataLoader[Any], stateful_class: Any) -> Any:
+def _stateful(loader: DataLoader[Any], stateful_class: Any, changed: Mapping[str, Any]) -> Any:
     arguments: dict[str, Any] = {
         "num_workers": loader.num_workers,
         "collate_fn": loader.collate_fn,
         "pin_memory": loader.pin_memory,
         "timeout": loader.timeout,
-        "worker_init_fn": loader.worker_init_fn,
-        "multiprocessing_context": loader.multiprocessing_context,
         "generator": loader.generator,
         "in_order": loader.in_order,
+        **changed,
     }
     if loader.num_workers:
         arguments["prefetch_factor"] = loader.prefetch_factor

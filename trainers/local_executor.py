@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from trainers.config.errors import ConfigurationError
 from trainers.config.files import write_atomically, written
-from trainers.executors import Job, MissingScript, Outcome, Plan, read_record
+from trainers.executors import Job, MissingScript, Outcome, Plan, Task, read_record
+from trainers.packing import forget_outcomes, read_outcomes
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -33,17 +34,18 @@ SHOWN_CHARACTERS = 300
 
 @dataclass(frozen=True)
 class _Child:
-    job: Job
+    task: Task
     process: subprocess.Popen[bytes]
-    # What is written about it, but for its end.
-    record: dict[str, Any]
+    # What is written about each of its experiments, but for their end.
+    records: list[dict[str, Any]]
     start: float
 
 
 class LocalExecutor:
     """Runs ``python SCRIPT --config F --experiment-name N --output-dir D`` for each experiment, a few at a time.
 
-    Output goes to ``local-<index>.out`` and ``.err`` in the experiment's folder, behind that of earlier runs. When
+    Experiments that a function builds run in packs, a process each. Output goes to ``local-<index>.out`` and ``.err``
+    in the experiment's folder, that of a pack to ``local.out`` in the pack's, behind that of earlier runs. When
     this process is interrupted, asked to terminate or hung up on, its children are asked to end, and killed after a
     while; a second Ctrl-C kills them at once. What was not complete then is no success.
 
@@ -59,7 +61,7 @@ class LocalExecutor:
                 "execution_mode: received ExecutionMode.LOCAL on Windows, where child processes cannot be ended in "
                 "order; expected Linux or macOS. Use ExecutionMode.DRY_RUN and run its commands."
             )
-        if not plan.script_path.is_file():
+        if plan.build is None and not plan.script_path.is_file():
             raise MissingScript(
                 f"script_path: received {plan.script_path}, which does not exist; expected the training script. "
                 "Pass script_path=, or write the script. Nothing was started."
@@ -67,7 +69,7 @@ class LocalExecutor:
 
     def run(self, plan: Plan) -> Generator[Outcome]:
         """Run all experiments, at most ``max_concurrent_jobs`` (default 1) at once."""
-        waiting, running = deque(plan.jobs), list[_Child]()
+        waiting, running = deque(plan.tasks()), list[_Child]()
         total, count = len(plan.jobs), 0
         # Without a terminal the bar is silent.
         with _caught_signals() as caught, tqdm(total=total, unit="experiment", disable=None) as bar:
@@ -76,14 +78,14 @@ class LocalExecutor:
                     _raise_for(caught)
                     outcomes = []
                     while waiting and len(running) < (plan.max_concurrent_jobs or 1):
-                        job = waiting.popleft()
+                        task = waiting.popleft()
                         try:
-                            running.append(_start(job, plan))
+                            running.append(_start(task, plan))
                         except OSError as error:
-                            outcomes.append(Outcome(job, error=f"could not be started: {error}"))
+                            outcomes += [Outcome(job, error=f"could not be started: {error}") for job in task.jobs]
                     for child in [child for child in running if child.process.poll() is not None]:
                         running.remove(child)
-                        outcomes.append(_finish(child))
+                        outcomes += _finish(child)
                     for outcome in outcomes:
                         count += 1
                         bar.update()
@@ -99,21 +101,26 @@ class LocalExecutor:
         return {folder for folder in folders if (read_record(folder) or {}).get("state") == "COMPLETED"}
 
 
-def _start(job: Job, plan: Plan) -> _Child:
-    job_id, command = _job_id(job), plan.command(job)
-    record = {
-        "executor": "local",
-        "job_id": job_id,
-        "state": "RUNNING",
-        "submitted": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "config_hash": job.config_hash(),
-        "command": command,
-    }
-    write_atomically(job.record_path, written(record, "json"))
-    with (job.folder / f"{job_id}.out").open("ab") as out, (job.folder / f"{job_id}.err").open("ab") as err:
+def _start(task: Task, plan: Plan) -> _Child:
+    records = [
+        {
+            "executor": "local",
+            "job_id": _job_id(job),
+            "state": "RUNNING",
+            "submitted": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "config_hash": job.config_hash(),
+            "command": task.command,
+        }
+        for job in task.jobs
+    ]
+    for job, record in zip(task.jobs, records, strict=True):
+        write_atomically(job.record_path, written(record, "json"))
+    if task.is_pack:
+        forget_outcomes(task.folder)
+    with _output(task, "out").open("ab") as out, _output(task, "err").open("ab") as err:
         # A session of its own: Ctrl-C on the terminal reaches this process only, which then ends the child in order.
         process = subprocess.Popen(
-            command,
+            task.command,
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,
@@ -121,24 +128,45 @@ def _start(job: Job, plan: Plan) -> _Child:
             start_new_session=True,
             pass_fds=() if plan.lock is None else (plan.lock,),
         )
-    return _Child(job, process, record, time.monotonic())
+    return _Child(task, process, records, time.monotonic())
 
 
-def _finish(child: _Child) -> Outcome:
-    code = child.process.returncode
-    _record_end(child, "FAILED" if code else "COMPLETED")
-    if not code:
-        return Outcome(child.job, job_id=_job_id(child.job))
-    errors = child.job.folder / f"{_job_id(child.job)}.err"
-    reason = f"exit code {code}" if code > 0 else f"killed by {_signal_name(-code)} (exit code {code})"
-    last = _last_line(errors)
-    return Outcome(child.job, error=f"{reason}; output in {errors}" + (f"; last line: {last}" if last else ""))
+def _finish(child: _Child) -> list[Outcome]:
+    code, jobs = child.process.returncode, child.task.jobs
+    told: str | None = None
+    if code:
+        reason = f"exit code {code}" if code > 0 else f"killed by {_signal_name(-code)} (exit code {code})"
+        last = _last_line(_output(child.task, "err"))
+        told = f"{reason}; output in {_output(child.task, 'err')}" + (f"; last line: {last}" if last else "")
+    elif child.task.is_pack:
+        told = "interrupted; a rerun goes on where it was"
+    errors = {} if told is None else {job.name: told for job in jobs}
+    for name, own in _outcomes(child.task).items():
+        if own["state"] == "COMPLETED":
+            errors.pop(name, None)
+        elif own["state"] == "FAILED":
+            errors[name] = f"{own['error']}; output in {_output(child.task, 'err')}"
+    _record_ends(child, {job.name: "FAILED" if job.name in errors else "COMPLETED" for job in jobs})
+    return [
+        Outcome(job, error=errors[job.name]) if job.name in errors else Outcome(job, job_id=_job_id(job))
+        for job in jobs
+    ]
 
 
-def _record_end(child: _Child, state: str) -> None:
+def _record_ends(child: _Child, states: Mapping[str, str]) -> None:
     seconds = round(time.monotonic() - child.start, 3)
-    changes = {"state": state, "exit_code": child.process.returncode, "seconds": seconds}
-    write_atomically(child.job.record_path, written({**child.record, **changes}, "json"))
+    for job, record in zip(child.task.jobs, child.records, strict=True):
+        changes = {"state": states[job.name], "exit_code": child.process.returncode, "seconds": seconds}
+        write_atomically(job.record_path, written({**record, **changes}, "json"))
+
+
+def _outcomes(task: Task) -> dict[str, dict[str, Any]]:
+    """What a pack says about its experiments; of a script the exit code says it."""
+    return read_outcomes(task.folder) if task.is_pack else {}
+
+
+def _output(task: Task, suffix: str) -> Path:
+    return task.folder / f"{task.output_name}.{suffix}"
 
 
 def _log(outcome: Outcome, progress: str) -> None:
@@ -178,7 +206,13 @@ def _stop(children: Sequence[_Child], caught: Sequence[int]) -> None:
         if child.process.poll() is None:
             _send(child.process, signal.SIGKILL)
         child.process.wait()
-        _record_end(child, "CANCELLED")
+        _record_ends(child, _states_of_stopped(child))
+
+
+def _states_of_stopped(child: _Child) -> dict[str, str]:
+    """What was complete before a pack was stopped stays so."""
+    ended = {name for name, own in _outcomes(child.task).items() if own["state"] == "COMPLETED"}
+    return {job.name: "COMPLETED" if job.name in ended else "CANCELLED" for job in child.task.jobs}
 
 
 def _send(process: subprocess.Popen[bytes], number: int) -> None:

@@ -54,21 +54,20 @@ class CsvLogger:
 
     def __init__(self, folder: Path, rows: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.csv"
-        kept = _first_rows(path, rows) if rows and path.is_file() else []
+        self._path = folder / "metrics.csv"
+        kept = _first_rows(self._path, rows) if rows and self._path.is_file() else []
         # A file of its own first: a run that is killed here keeps what it had.
-        temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+        temporary = self._path.with_name(f".{self._path.name}.{uuid4().hex}.tmp")
         with temporary.open("x", newline="", encoding="utf-8") as stream:
             csv.writer(stream).writerows([_COLUMNS, *kept])
-        temporary.replace(path)
+        temporary.replace(self._path)
         self._rows = len(kept)
-        self._stream = path.open("a", newline="", encoding="utf-8")
-        self._writer = csv.writer(self._stream)
 
     def log(self, values: Mapping[str, float], epoch: int, step: int) -> None:
         """See `MetricLogger`."""
-        self._writer.writerows([step, epoch, name, repr(value)] for name, value in values.items())
-        self._stream.flush()
+        # Not kept open: a process may write the files of more experiments than it may have files open.
+        with self._path.open("a", newline="", encoding="utf-8") as stream:
+            csv.writer(stream).writerows([step, epoch, name, repr(value)] for name, value in values.items())
         self._rows += len(values)
 
     def state_dict(self) -> dict[str, Any]:
@@ -76,8 +75,7 @@ class CsvLogger:
         return {"rows": self._rows}
 
     def close(self) -> None:
-        """See `MetricLogger`."""
-        self._stream.close()
+        """Nothing is left to be written."""
 
 
 class TensorBoardLogger:

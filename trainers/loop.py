@@ -70,15 +70,12 @@ class TrainingLoop:
         val_loader: ResumableLoader | None,
         schedulers: list[Any],
     ) -> None:
-        config = trainer.config
         self.trainer = trainer
         self.training = training
         self.train_loader = train_loader
         self.val_loader = val_loader
         self.schedulers = schedulers
-        self.early_stopping = EarlyStopping(
-            training.num_freezable, config.early_stopping_patience, config.early_stopping_mode
-        )
+        self.early_stopping = EarlyStopping(training.patiences, trainer.config.early_stopping_mode)
         self.loggers: list[MetricLogger] = []
         self.results = Results(trainer, self)
         self.boundaries = Boundaries(trainer)
@@ -220,7 +217,8 @@ class TrainingLoop:
                 self._sums.num_samples += _num_samples(batch)
                 self._batch_idx += 1
                 trainer.set_phase(TrainerPhase.TRAIN_BATCH_END)
-                progress.advance(self._sums.means())
+                if progress.is_shown:
+                    progress.advance(self._sums.means())
                 trainer.call_hooks("on_batch_end", self._batch_idx - 1, result.logs)
                 if result.has_stepped:
                     self.results.report_step(result.logs)
@@ -278,7 +276,8 @@ class TrainingLoop:
                 self._val_sums.num_samples += _num_samples(batch)
                 self._val_batch_idx += 1
                 trainer.set_phase(TrainerPhase.VAL_BATCH_END)
-                progress.advance(self._val_sums.means())
+                if progress.is_shown:
+                    progress.advance(self._val_sums.means())
                 self.boundaries.leave_if_asked()
 
     def _finish_epoch(self, epoch: int, is_validated: bool) -> None:
@@ -351,7 +350,7 @@ def _length(loader: ResumableLoader) -> int | None:
 
 def _num_samples(batch: Any) -> int:
     """Length of the first tensor of a batch; 0 if there is none."""
-    leaves = pytree.tree_leaves(batch)
+    leaves = pytree.tree_iter(batch)
     return next((len(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim()), 0)
 
 

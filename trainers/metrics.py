@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -161,34 +161,61 @@ def required(logs: Mapping[str, Any], key: str, setting: str) -> Any:
     return logs[key]
 
 
+_DIVERGED = "its loss was"
+
+
+def divergence(loss: float, step: int) -> str:
+    """Return the reason of a model that is stopped because of its loss.
+
+    Args:
+        loss: NaN or infinite.
+        step: Optimizer steps done.
+
+    Example:
+        >>> is_divergence(divergence(float("nan"), 7))
+        True
+    """
+    return f"{_DIVERGED} {loss} after step {step}"
+
+
+def is_divergence(reason: str) -> bool:
+    """Whether a reason is one of `divergence`.
+
+    Args:
+        reason: Why a model was stopped.
+    """
+    return reason.startswith(_DIVERGED)
+
+
 class EarlyStopping:
     """Counts, for every model, the validations since its best value.
 
     Args:
-        num_models: How many; 1 for a single model.
-        patience: Validations in a row without a new best that stop a model; None never stops one.
+        patiences: For each model, the validations in a row without a new best that stop it; None never does.
         mode: ``"min"`` or ``"max"``.
 
     Attributes:
         stopped: Models that were stopped, with the reason.
 
     Example:
-        >>> early = EarlyStopping(1, patience=2, mode="min")
+        >>> early = EarlyStopping([2], mode="min")
         >>> [early.update([loss]) for loss in (1.0, 0.5, 0.6, 0.5)]
         [[], [], [], [0]]
     """
 
-    def __init__(self, num_models: int, patience: int | None, mode: str) -> None:
+    def __init__(self, patiences: Sequence[int | None], mode: str) -> None:
         self.stopped: dict[int, str] = {}
-        self._patience = patience
+        self._patiences = patiences
         self._mode = mode
-        self._best: list[float | None] = [None] * num_models
-        self._waited = [0] * num_models
+        self._best: list[float | None] = [None] * len(patiences)
+        self._waited = [0] * len(patiences)
+        self._active: Tensor | None = None
+        self._stopped_in_active = 0
 
     @property
     def is_on(self) -> bool:
         """Whether values are wanted."""
-        return self._patience is not None
+        return any(patience is not None for patience in self._patiences)
 
     def update(self, values: list[float]) -> list[int]:
         """Take the values of one validation.
@@ -207,7 +234,8 @@ class EarlyStopping:
                 self._best[model], self._waited[model] = value, 0
                 continue
             self._waited[model] += 1
-            if self._patience is not None and self._waited[model] >= self._patience:
+            patience = self._patiences[model]
+            if patience is not None and self._waited[model] >= patience:
                 self.stopped[model] = f"no improvement on {self._best[model]} in {self._waited[model]} validations"
                 newly.append(model)
         return newly
@@ -220,7 +248,11 @@ class EarlyStopping:
         """Return ``[num_models]`` bool, the models that are left; None while none was stopped."""
         if not self.stopped:
             return None
-        return torch.tensor([model not in self.stopped for model in range(len(self._best))])
+        # Asked for with every batch. Models are only ever added to those that are stopped.
+        if len(self.stopped) != self._stopped_in_active:
+            self._active = torch.tensor([model not in self.stopped for model in range(len(self._best))])
+            self._stopped_in_active = len(self.stopped)
+        return self._active
 
     def state_dict(self) -> dict[str, Any]:
         """Return bests, counts and stopped models as plain data."""
@@ -240,7 +272,7 @@ class EarlyStopping:
                 "early stopping at resume", received=f"{len(self._best)} models", expected=f"{len(state['best'])}"
             )
         self._best, self._waited = list(state["best"]), list(state["waited"])
-        self.stopped = dict(state["stopped"])
+        self.stopped, self._stopped_in_active = dict(state["stopped"]), 0
 
     def _is_better(self, value: float, best: float | None) -> bool:
         if math.isnan(value):

@@ -36,13 +36,18 @@ class Progress:
     ) -> None:
         self._bar.close()
 
+    @property
+    def is_shown(self) -> bool:
+        """Whether anybody can see the bar."""
+        return not self._bar.disable
+
     def advance(self, values: Mapping[str, Any]) -> None:
         """Count one batch.
 
         Args:
             values: Shown behind the bar, numbers only.
         """
-        if self._bar.disable:
+        if not self.is_shown:
             return
         shown = {key: f"{value:.4g}" for key, value in values.items() if isinstance(value, (int, float))}
         self._bar.set_postfix(shown, refresh=False)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from trainers.metrics import MetricSums, epoch_logs, required
+from trainers.metrics import MetricSums, divergence, epoch_logs, required
 from trainers.schedules import step_schedulers
 from trainers.states import TrainerPhase
 
@@ -101,7 +101,7 @@ class Results:
             losses: Model to loss.
         """
         for model, loss in losses.items():
-            self._loop.early_stopping.stopped[model] = f"loss {loss} in step {self.trainer.global_step}"
+            self._loop.early_stopping.stopped[model] = divergence(loss, self.trainer.global_step)
             _LOGGER.warning("model %d is frozen from now on: its loss is %s", model, loss)
         self._apply_stops()
 
@@ -122,18 +122,19 @@ class Results:
 
     def _stop_early(self, logs: Mapping[str, Any]) -> None:
         key = self.trainer.config.early_stopping_metric
-        if self._loop.training.num_freezable == self._loop.training.num_models:
+        if len(self._loop.training.patiences) == self._loop.training.num_models:
             values = required(self.trainer.model_metrics, key, "early_stopping_metric")
         else:
             values = [required(logs, key, "early_stopping_metric")]
         newly = self._loop.early_stopping.update(values)
         for model in newly:
-            who = "training" if self._loop.training.num_freezable == 1 else f"model {model}"
+            who = "training" if len(self._loop.training.patiences) == 1 else f"model {model}"
             _LOGGER.info("%s stops early: %s", who, self._loop.early_stopping.stopped[model])
         if newly:
             self._apply_stops()
 
     def _apply_stops(self) -> None:
         self._loop.training.set_active(self._loop.early_stopping.active())
+        self.trainer.stopped_models = dict(self._loop.early_stopping.stopped)
         if self._loop.early_stopping.all_stopped():
             self.trainer.stop_training = True

@@ -92,6 +92,10 @@ class GenericTrainerConfig:
         scheduler_interval: ``"epoch"`` or ``"step"``.
         on_nan_loss: What a loss that is NaN or infinite does: ``"stop"`` raises a TrainerError; ``"skip"`` leaves the
             batch out (single models); ``"freeze"`` freezes the model from then on (models of a `ModelBatch`).
+        seed: Of Python's, NumPy's and torch's generators when a run begins; None leaves them as they are.
+        deterministic: Whether only algorithms that give the same result every time are used; torch warns of
+            operations that have none.
+        benchmark: Whether cuDNN looks for the fastest algorithms.
         checkpoint_dir: Flat name of ``checkpoint.checkpoint_dir``.
         save_every_n_epochs: Of the same name in ``checkpoint``.
         save_every_n_steps: Of the same name in ``checkpoint``.
@@ -139,6 +143,9 @@ class GenericTrainerConfig:
     early_stopping_mode: str = "min"
     scheduler_interval: str = "epoch"
     on_nan_loss: str = "stop"
+    seed: int | None = None
+    deterministic: bool = False
+    benchmark: bool = False
 
     checkpoint_dir: _InGroup[str] = _InGroup("checkpoint", "checkpoint_dir")
     save_every_n_epochs: _InGroup[int | None] = _InGroup("checkpoint", "save_every_n_epochs")
@@ -211,6 +218,9 @@ class GenericTrainerConfig:
             early_stopping_patience=training.early_stopping_patience,
             early_stopping_metric=training.early_stopping_metric,
             early_stopping_mode=training.early_stopping_mode,
+            seed=config.seed,
+            deterministic=config.deterministic,
+            benchmark=config.benchmark,
             # Said expressly: None switches clipping off, where in the group it means "not given".
             max_grad_norm=config.performance.clip_grad_norm,
         )
@@ -248,6 +258,8 @@ class GenericTrainerConfig:
                 problems.append(problem(name, value, "more than 0"))
         if not self.checkpoint.timeout_seconds > 0:
             problems.append(problem("checkpoint.timeout_seconds", self.checkpoint.timeout_seconds, "more than 0"))
+        if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 2**32):
+            problems.append(problem("seed", self.seed, "a whole number from 0 to 2^32 - 1, or None"))
         if self.max_preemptions < 0:
             problems.append(problem("max_preemptions", self.max_preemptions, "0 or more"))
         if self.save_top_k < 1 and self.save_top_k != -1:

@@ -138,11 +138,12 @@ def apply_run(trainer: GenericTrainer, loop: TrainingLoop, content: Mapping[str,
         scaler.load_state_dict(content["scaler_state_dict"])
     loop.early_stopping.load_state_dict(content["early_stopping"])
     loop.training.set_active(loop.early_stopping.active())
+    trainer.stopped_models = dict(loop.early_stopping.stopped)
     trainer.store.best = content["best"]
     trainer.logs = dict(content["metrics"])
     trainer.model_metrics = model_metrics_of(trainer.logs)
     trainer.preemption_count = content["preemption_count"]
-    _restore_callbacks(trainer.callbacks, content["callbacks"])
+    restore_callbacks(trainer.callbacks, content["callbacks"])
     for key, value in _environment().items():
         if content["environment"].get(key) != value:
             _LOGGER.warning(
@@ -197,7 +198,13 @@ def _callback_state(callback: TrainingCallback) -> dict[str, Any]:
     return {"class": name, "state": to_plain(state, f"the state_dict() of callback {name}")}
 
 
-def _restore_callbacks(callbacks: Sequence[TrainingCallback], saved: Sequence[Mapping[str, Any]]) -> None:
+def restore_callbacks(callbacks: Sequence[TrainingCallback], saved: Sequence[Mapping[str, Any]]) -> None:
+    """Give callbacks the states that those of the saved run had.
+
+    Args:
+        callbacks: Of this run.
+        saved: What the checkpoint has under ``"callbacks"``.
+    """
     names, saved_names = [type(callback).__name__ for callback in callbacks], [entry["class"] for entry in saved]
     if names != saved_names:
         _LOGGER.warning(

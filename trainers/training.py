@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +18,7 @@ from torch.utils import _pytree as pytree
 from mb_torch import GradScaler, ModelBatch
 from trainers.config.errors import ConfigurationError
 from trainers.errors import TrainerError
+from trainers.per_model import PerModel
 from trainers.settings import GenericTrainerConfig
 from trainers.states import TrainerPhase
 
@@ -43,13 +45,13 @@ class Training(Protocol):
 
     Attributes:
         num_models: How many are trained at once; None for a single module.
-        num_freezable: How many can be stopped one by one; 1 stands for the run as a whole.
+        patiences: Of early stopping, for each that can be stopped by itself: every model, or the run as a whole.
         scaler: Of the losses in float16; None otherwise.
         micro_step: Batches since the last optimizer step.
     """
 
     num_models: int | None
-    num_freezable: int
+    patiences: list[int | None]
     scaler: Any
     micro_step: int
 
@@ -77,7 +79,7 @@ class _Base:
         self.scaler = scaler
         self.micro_step = 0
         self.num_models: int | None = model.num_models if isinstance(model, ModelBatch) else None
-        self.num_freezable = 1
+        self.patiences = [config.early_stopping_patience]
         self._accumulate = config.gradient_accumulation_steps
         self._max_norm = config.max_grad_norm
         self._nan_policy = config.on_nan_loss
@@ -130,9 +132,9 @@ class AutogradTraining(_Base):
         self.micro_step += 1
         if not is_skipped:
             self._set_phase(TrainerPhase.TRAIN_BATCH_BACKWARD)
-            share = loss / self._accumulate
+            share = loss if self._accumulate == 1 else loss / self._accumulate
             scaled = share if self.scaler is None else self.scaler.scale(share)
-            scaled.sum().backward()
+            (scaled.sum() if scaled.dim() else scaled).backward()
         has_stepped = self._step() if self.micro_step == self._accumulate else False
         return BatchResult(logs, has_stepped, is_skipped)
 
@@ -178,10 +180,10 @@ class AutogradTraining(_Base):
                 received=received + (" without a gradient" if isinstance(loss, Tensor) else ""),
                 expected="a tensor of one element that depends on the model's parameters",
             )
-        return loss if is_per_model else loss.reshape(())
+        return loss if is_per_model or not loss.dim() else loss.reshape(())
 
     def _is_to_be_skipped(self, loss: Tensor, batch_idx: int) -> bool:
-        if bool(loss.detach().isfinite().all()):
+        if _are_finite(loss.detach()):
             return False
         if self._nan_policy == "stop":
             raise _not_finite(f"batch {batch_idx}: the loss", loss.detach().tolist(), "'skip' leaves such batches out")
@@ -198,9 +200,10 @@ class FusedTraining(_Base):
         model: The batch.
         optimizer: Made by `OptimizerFactory`, or any over the batch's parameters.
         config: Of the trainer.
-        loss_fn: ``loss_fn(outputs_i, targets_i)``.
+        loss_fn: ``loss_fn(outputs_i, targets_i, **loss_args_i)``.
         set_phase: Is told what happens.
         freeze: Is told which models' losses are not finite.
+        per_model: What differs between the models.
     """
 
     def __init__(
@@ -211,6 +214,7 @@ class FusedTraining(_Base):
         loss_fn: Callable[..., Any],
         set_phase: Callable[[TrainerPhase], None],
         freeze: Callable[[dict[int, float]], None],
+        per_model: PerModel,
     ) -> None:
         super().__init__(model, optimizer, config, _make_scaler(model, config))
         if self._nan_policy == "skip":
@@ -218,7 +222,8 @@ class FusedTraining(_Base):
                 "on_nan_loss: received 'skip'; expected 'stop' or 'freeze' for a ModelBatch, whose fused step has "
                 "updated all models before their losses are seen"
             )
-        freezes = self._nan_policy == "freeze" or config.early_stopping_patience is not None
+        patiences = per_model.patiences(model.num_models, config)
+        freezes = self._nan_policy == "freeze" or any(patience is not None for patience in patiences)
         if freezes and getattr(optimizer, "num_models", None) != model.num_models:
             # Found out at the first model to be frozen otherwise, which may be after hours.
             raise ConfigurationError(
@@ -226,12 +231,17 @@ class FusedTraining(_Base):
                 "or none; expected one made by OptimizerFactory, because early stopping and on_nan_loss='freeze' "
                 "freeze models one by one"
             )
-        self.num_freezable = model.num_models
+        self.patiences = patiences
         self._set_phase = set_phase
         self._freeze = freeze
         self._trains = torch.ones(model.num_models, dtype=torch.bool)
         self._fused = model.make_train_step(
-            loss_fn, optimizer, clip_norm=config.max_grad_norm, accumulate=self._accumulate, scaler=self.scaler
+            loss_fn,
+            optimizer,
+            loss_args=per_model.loss_args_on(self._device),
+            clip_norm=per_model.clip_norm(model.num_models, config),
+            accumulate=self._accumulate,
+            scaler=self.scaler,
         )
 
     def train_batch(self, batch: Any, batch_idx: int) -> BatchResult:
@@ -240,9 +250,8 @@ class FusedTraining(_Base):
         inputs, targets = as_pair(batch, self._device)
         with self.precision():
             losses = self._fused(inputs, targets).cpu()
-        bad = self._trains & ~losses.isfinite()
-        if bool(bad.any()):
-            values = {model: float(losses[model]) for model in bad.nonzero().flatten().tolist()}
+        values = self._diverged(losses)
+        if values:
             if self._nan_policy == "stop":
                 raise _not_finite(f"batch {batch_idx}: the loss of models", values, "'freeze' stops these models only")
             self._freeze(values)
@@ -262,6 +271,13 @@ class FusedTraining(_Base):
         """See `Training`."""
         self._fused.active = active
         self._trains = torch.ones_like(self._trains) if active is None else active
+
+    def _diverged(self, losses: Tensor) -> dict[int, float]:
+        """Models that train and whose losses are not finite."""
+        if _are_finite(losses):
+            return {}
+        bad = self._trains & ~losses.isfinite()
+        return {model: float(losses[model]) for model in bad.nonzero().flatten().tolist()}
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -322,7 +338,11 @@ def as_pair(batch: Any, device: torch.device) -> tuple[Any, Any]:
     def moved(leaf: Any) -> Any:
         return leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf
 
-    inputs, targets = pytree.tree_map(moved, tuple(batch))
+    inputs, targets = batch
+    if isinstance(inputs, Tensor) and isinstance(targets, Tensor):
+        # To walk through structures takes longer than many a small step.
+        return moved(inputs), moved(targets)
+    inputs, targets = pytree.tree_map(moved, (inputs, targets))
     return inputs, targets
 
 
@@ -334,6 +354,11 @@ def _make_scaler(model: nn.Module, config: GenericTrainerConfig) -> Any:
     if isinstance(model, ModelBatch):
         return GradScaler(model.num_models, device=device)
     return torch.amp.GradScaler(device.type)
+
+
+def _are_finite(losses: Tensor) -> bool:
+    # Of finite numbers the sum is finite, unless it overflows; it costs a fraction of the look at each.
+    return math.isfinite(float(losses.sum())) or bool(losses.isfinite().all())
 
 
 def _not_finite(what: str, values: Any, other_policy: str) -> TrainerError:

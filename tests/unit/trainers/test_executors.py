@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -165,11 +166,130 @@ def test_a_child_that_cannot_be_started_is_a_failure_of_its_own(
 ) -> None:
     plan = make_plan("")
     monkeypatch.setattr(
-        Plan, "command", lambda self, job: ["no-such-program"] if job.name == "a" else [sys.executable, "-c", ""]
+        Plan, "_command", lambda self, job: ["no-such-program"] if job.name == "a" else [sys.executable, "-c", ""]
     )
     first, second = run_local(plan)
     assert "could not be started" in str(first.error)
     assert second.job_id == "local-1"
+
+
+def test_a_script_may_write_any_file(make_plan: MakePlan) -> None:
+    """Files of a pack have no meaning beside a script."""
+    plan = make_plan("print((folder / 'outcome.json').read_text())", "a")
+    path = plan.jobs[0].folder / "outcome.json"
+    path.write_text("mine")
+    assert [outcome.error for outcome in run_local(plan)] == [None]
+    path.write_text('{"a": {"state": "FAILED", "error": "mine"}}')
+    assert [outcome.error for outcome in run_local(plan)] == [None]
+    assert path.exists()
+
+
+# Stands for a process that runs a pack: `experiments` are those of the pack, `say(states)` writes what became of them.
+PACK = """
+import json, os, sys, time
+from pathlib import Path
+folder = Path(sys.argv[1])
+experiments = json.loads((folder / "pack.json").read_text())["experiments"]
+def say(states):
+    content = {name: {"state": state, "error": "why" if state == "FAILED" else None} for name, state in states.items()}
+    (folder / "outcome.tmp").write_text(json.dumps(content))
+    (folder / "outcome.tmp").rename(folder / "outcome.json")
+"""
+
+
+@pytest.fixture
+def make_packs(make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> MakePlan:
+    def make(script: str, names: str, **settings: Any) -> Plan:
+        monkeypatch.setattr(executors, "pack_command", lambda folder: [sys.executable, "-c", PACK + script, folder])
+        plan = make_plan("", names, build="module:function", **settings)
+        for path, content in plan.pack_contents().items():
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps(content))
+        return plan
+
+    return make
+
+
+def test_each_experiment_of_a_pack_has_an_end_of_its_own(make_packs: MakePlan) -> None:
+    plan = make_packs("say({'a': 'COMPLETED', 'b': 'FAILED', 'c': 'INTERRUPTED'})", "a b c d")
+    outcomes = run_local(plan)
+    (task,) = plan.tasks()
+    interrupted = "interrupted; a rerun goes on where it was"
+    assert [outcome.error for outcome in outcomes] == [
+        None,
+        f"why; output in {task.folder / 'local.err'}",
+        interrupted,
+        interrupted,
+    ]
+    assert [outcome.job_id for outcome in outcomes] == ["local-0", None, None, None]
+    assert [record(job)["state"] for job in plan.jobs] == ["COMPLETED", "FAILED", "FAILED", "FAILED"]
+    folders = [job.folder for job in plan.jobs]
+    assert executors.settled_folders(folders) == {folders[0]}
+
+
+@pytest.mark.parametrize(
+    ("script", "error"),
+    [
+        ("sys.exit('no build')", "exit code 1; output in .*; last line: no build"),
+        ("", "interrupted"),
+        ("(folder / 'outcome.json').write_text('{')", "interrupted"),
+    ],
+)
+def test_a_pack_that_says_nothing_is_not_complete(make_packs: MakePlan, script: str, error: str) -> None:
+    plan = make_packs(script, "a b")
+    # What an earlier process said is forgotten.
+    said = {job.name: {"state": "COMPLETED", "error": None} for job in plan.jobs}
+    (plan.tasks()[0].folder / "outcome.json").write_text(json.dumps(said))
+    for outcome in run_local(plan):
+        assert re.match(error, str(outcome.error))
+    assert [record(job)["state"] for job in plan.jobs] == ["FAILED", "FAILED"]
+
+
+def test_what_was_complete_before_a_pack_died_stays_so(make_packs: MakePlan) -> None:
+    plan = make_packs("say({'a': 'COMPLETED', 'b': 'INTERRUPTED'}); os.kill(os.getpid(), 9)", "a b")
+    first, second = run_local(plan)
+    assert (first.job_id, first.error) == ("local-0", None)
+    assert str(second.error).startswith("killed by SIGKILL")
+    assert [record(job)["state"] for job in plan.jobs] == ["COMPLETED", "FAILED"]
+    assert [record(job)["exit_code"] for job in plan.jobs] == [-9, -9]
+
+
+def test_what_was_complete_before_a_pack_was_stopped_stays_so(
+    make_packs: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_packs("say({'a': 'COMPLETED', 'b': 'INTERRUPTED'}); time.sleep(60)", "a b")
+    said = plan.tasks()[0].folder / "outcome.json"
+    sleep = time.sleep
+
+    def interrupted(seconds: float) -> None:
+        """While the executor waits for its child, and the child has said something."""
+        sleep(seconds)
+        if said.exists():
+            monkeypatch.setattr(time, "sleep", sleep)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(time, "sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(LocalExecutor().run(plan))
+    assert [record(job)["state"] for job in plan.jobs] == ["COMPLETED", "CANCELLED"]
+
+
+def test_packs_count_as_one_at_a_time(make_packs: MakePlan) -> None:
+    alone = (
+        "marker = folder.parent / 'somebody-runs'\nos.close(os.open(marker, os.O_CREAT | os.O_EXCL))\n"
+        "time.sleep(0.05)\nmarker.unlink()\nsay({name: 'COMPLETED' for name in experiments})"
+    )
+    assert [outcome.error for outcome in run_local(make_packs(alone, "a b c d e", pack_size=2))] == [None] * 5
+
+
+def test_packs_run_at_the_same_time_on_request(make_packs: MakePlan) -> None:
+    together = (
+        "(folder / 'started').touch()\n"
+        "while len(list(folder.parent.glob('*/started'))) < 2: time.sleep(0.01)\n"
+        "say({name: 'COMPLETED' for name in experiments})"
+    )
+    plan = make_packs(together, "a b c d", pack_size=2, max_concurrent_jobs=2)
+    assert [outcome.error for outcome in run_local(plan)] == [None] * 4
 
 
 def test_output_of_an_earlier_run_is_kept(make_plan: MakePlan) -> None:
@@ -324,7 +444,7 @@ def test_dry_run_writes_commands_and_starts_nothing(
     assert caplog.messages == []
     assert [outcome.job_id for outcome in executor.run(plan)] == ["DRY_RUN", "DRY_RUN"]
     lines = (plan.output_dir / "commands.txt").read_text(encoding="utf-8").splitlines()
-    assert [shlex.split(line) for line in lines] == [plan.command(job) for job in plan.jobs]
+    assert [shlex.split(line) for line in lines] == [task.command for task in plan.tasks()]
     assert not any(job.record_path.exists() for job in plan.jobs)
     executor.check(replace(plan, script_path=plan.script_path.with_name("gone.py")))
     assert "gone.py does not exist" in caplog.text

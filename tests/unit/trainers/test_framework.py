@@ -7,6 +7,8 @@ import inspect
 import itertools
 import json
 import logging
+import os
+import shlex
 import subprocess
 import sys
 import types
@@ -17,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from tests.arch.repository import ROOT
 from tests.experiments import base_config, grid_of, make_project
 from trainers import executors, framework
 from trainers.config import (
@@ -39,6 +42,23 @@ LOCAL, SLURM, DRY_RUN = ExecutionMode.LOCAL, ExecutionMode.SLURM, ExecutionMode.
 FAILING = """
 if "seed: 2" in pathlib.Path(options["--config"]).read_text() and not (folder.parent / "repaired").exists():
     sys.exit("no luck")
+"""
+
+
+BUILD = {"build": "scripts.train:build"}
+# Cannot build seed 2, unless it may.
+BUILDING = """
+import sys
+from pathlib import Path
+import torch
+from trainers.built import Built
+
+def build(config):
+    if config.seed == 2 and not Path("repaired").exists():
+        raise ValueError("no luck")
+    print("built", config.experiment_name)
+    batches = [(torch.randn(8, 3, generator=torch.Generator().manual_seed(1)), torch.ones(8, 2))]
+    return Built(torch.nn.Linear(3, 2), torch.nn.functional.mse_loss, batches, batches)
 """
 
 
@@ -142,6 +162,75 @@ def test_local(project: ModelTrainingFramework, caplog: pytest.LogCaptureFixture
     assert json.loads((out / "execution_summary.json").read_text())["failures"] == {name: error}
 
 
+@pytest.fixture
+def building(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelTrainingFramework:
+    """A project with a function that builds experiments, given by a relative path."""
+    monkeypatch.chdir(tmp_path)
+    # The project's own folder is where its processes start, and is not on the path of this one.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "compat")]))
+    Path("built_project").mkdir()
+    Path("built_project", "experiments_for_tests.py").write_text(BUILDING)
+    return ModelTrainingFramework("built_project")
+
+
+def search_of_built(project: ModelTrainingFramework, mode: ExecutionMode, **extra: Any) -> GridSearchResult:
+    return project.run_grid_search(
+        [grid_of({"seed": [1, 2, 3]})],
+        base_config(scheduler=None, training={"epochs": 2}),
+        execution_mode=mode,
+        output_dir=Path("out"),
+        build="experiments_for_tests:build",
+        **extra,
+    )
+
+
+def test_local_with_built_experiments(building: ModelTrainingFramework, tmp_path: Path) -> None:
+    result = search_of_built(building, LOCAL)
+    out = tmp_path / "out"
+    assert result.output_directory == out
+    assert result.submitted_jobs == ["local-0", "local-2"]
+    names = [config.experiment_name for config in result.generated_experiments]
+    (pack,) = (path.parent for path in out.glob("packs/*/pack.json"))
+    error = f"it cannot be built: ValueError: no luck; output in {pack / 'local.err'}"
+    assert result.failed_submissions == [(names[1], error)]
+    for index, (name, state) in enumerate(zip(names, ["COMPLETED", "FAILED", "COMPLETED"], strict=True)):
+        record = json.loads((out / name / "job.json").read_text())
+        expected = {"executor": "local", "job_id": f"local-{index}", "state": state, "exit_code": 0}
+        assert record.items() >= expected.items()
+        assert record["command"] == [sys.executable, "-m", "trainers.packed", str(pack)]
+        for made in ("metrics.csv", "checkpoints/latest.ckpt"):
+            assert (out / name / made).exists() == (state == "COMPLETED")
+    assert (pack / "local.out").read_text() == f"built {names[0]}\nbuilt {names[2]}\n"
+    assert files_below(building.project_root) == ["experiments_for_tests.py"]
+
+
+@pytest.mark.long
+def test_rerun_of_built_experiments(building: ModelTrainingFramework, tmp_path: Path) -> None:
+    names = [config.experiment_name for config in search_of_built(building, LOCAL).generated_experiments]
+    before = {path: path.read_bytes() for path in tmp_path.glob("out/*/checkpoints/*")}
+    Path("built_project", "repaired").touch()
+    again = search_of_built(building, LOCAL, rerun_failed_only=True)
+    assert [config.experiment_name for config in again.generated_experiments] == [names[1]]
+    assert again.submitted_jobs == ["local-1"]
+    assert (tmp_path / "out" / names[1] / "checkpoints" / "latest.ckpt").exists()
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_dry_run_with_built_experiments(building: ModelTrainingFramework, tmp_path: Path) -> None:
+    result = search_of_built(building, DRY_RUN, pack_size=2, backend="torch")
+    assert result.submitted_jobs == ["DRY_RUN"] * 3
+    names = [config.experiment_name for config in result.generated_experiments]
+    out = tmp_path / "out"
+    commands = [shlex.split(line) for line in (out / "commands.txt").read_text().splitlines()]
+    assert [command[:3] for command in commands] == [[sys.executable, "-m", "trainers.packed"]] * 2
+    asked = [json.loads(Path(command[3], "pack.json").read_text()) for command in commands]
+    assert [own["experiments"] for own in asked] == [names[:2], names[2:]]
+    assert {(own["build"], own["backend"]) for own in asked} == {("experiments_for_tests:build", "torch")}
+    assert not list(out.rglob("outcome.json"))
+    for name in names:
+        assert files_below(out / name) == ["config.yaml"]
+
+
 def test_slurm(project: ModelTrainingFramework, submitted: list[Plan]) -> None:
     out = project.project_root / "out"
     result = project.run_grid_search([seeds(1, 2, 3)], base_config(), output_dir=out, max_concurrent_jobs=2)
@@ -184,6 +273,17 @@ def test_nothing_is_dropped(
         ({"rerun_failed_only": True}, "there is no grid_config.json"),
         ({"rerun_failed_only": True, "output_dir": None}, "rerun_failed_only: received no output_dir"),
         ({"execution_mode": ExecutionMode.SLURM}, "executor 'slurm' needs"),
+        ({"build": "gone:build"}, "build: received 'gone:build', but no 'gone' was found in"),
+        ({"build": "scripts.gone:build"}, "build: received 'scripts.gone:build', but no 'gone' was found"),
+        ({"build": "scripts.train.deeper:build"}, "no 'deeper' was found"),
+        ({"build": "scripts.train"}, "build: received 'scripts.train'; expected 'module:function'"),
+        ({"build": "scripts/train.py:build"}, "expected 'module:function'"),
+        ({"build": 3}, "build: received 3; expected 'module:function'"),
+        ({**BUILD, "script_path": "scripts/train.py"}, "received both build and script_path"),
+        ({**BUILD, "pack_size": 0}, "pack_size: received 0; expected a whole number >= 1"),
+        ({**BUILD, "backend": 3}, "backend: received 3; expected the name of one, 'auto', or None"),
+        ({"pack_size": 2}, "pack_size: received 2 without build"),
+        ({"backend": "jax"}, "backend: received 'jax' without build"),
     ],
 )
 def test_nothing_is_written_when_something_is_wrong(

@@ -1,0 +1,315 @@
+"""Runs a pack: builds its experiments, trains those that are alike as one batch, and writes what became of each."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import logging
+import sys
+import time
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mb_torch import ModelBatch
+from trainers.built import Build, Built, build_experiment, load_build, model_seed
+from trainers.checkpoint import DEFAULT_FILENAME, CheckpointStore
+from trainers.checkpoint_files import checkpoint_timeout
+from trainers.config.creation import create_experiment_config
+from trainers.config.errors import ConfigurationError, problem
+from trainers.config.files import write_atomically, written
+from trainers.config.manager import ConfigurationManager
+from trainers.config.schema import ExperimentConfig
+from trainers.executors import CONFIG_FILE
+from trainers.from_config import (
+    make_optimizer,
+    make_schedulers,
+    optimizer_class,
+    optimizer_steps,
+    scheduler_interval,
+)
+from trainers.metrics import is_divergence
+from trainers.packed.alike import group_alike
+from trainers.packed.experiment_files import ExperimentFiles
+from trainers.packed.first_batch import first_batch
+from trainers.packed.memory import models_that_fit
+from trainers.packed.regroup import starting_points, write_members
+from trainers.packing import OUTCOME_FILE, PACK_FILE, pack_name
+from trainers.per_model import PerModel
+from trainers.population import Population
+from trainers.settings import GenericTrainerConfig
+
+if sys.platform != "win32":
+    import fcntl
+
+_LOGGER = logging.getLogger(__name__)
+
+COMPLETED, FAILED, INTERRUPTED = "COMPLETED", "FAILED", "INTERRUPTED"
+BACKEND_FILE = "backend.json"
+LOCK_FILE = ".lock"
+
+
+def run_pack(folder: Path) -> dict[str, dict[str, Any]]:
+    """Run the experiments of a pack, or go on where an earlier process was stopped.
+
+    One bad experiment does not stop the others: one that cannot be built, or whose loss is no longer finite, fails
+    alone.
+
+    Args:
+        folder: Of the pack, in the folder ``packs`` of the grid search.
+
+    Returns:
+        By experiment: its ``state`` (``"COMPLETED"``, ``"FAILED"`` or ``"INTERRUPTED"``) and the ``error``. The same
+        is in ``outcome.json``.
+
+    Raises:
+        ConfigurationError: The pack or the function that builds experiments cannot be read, or another process runs
+            the pack.
+    """
+    asked = _read(folder / PACK_FILE)
+    with _held(folder):
+        outcomes = _Outcomes(folder / OUTCOME_FILE, asked["experiments"])
+        _PackRun(folder.parent, asked["build"], asked["backend"], asked["experiments"], outcomes).run()
+    return outcomes.by_name
+
+
+class _Outcomes:
+    """What became of the experiments, on disk as soon as it is known."""
+
+    def __init__(self, path: Path, names: Sequence[str]) -> None:
+        self._path = path
+        self.by_name: dict[str, dict[str, Any]] = {name: {"state": INTERRUPTED, "error": None} for name in names}
+        self._write()
+
+    def set(self, names: Iterable[str], state: str, error: str | None = None) -> None:
+        self.by_name.update({name: {"state": state, "error": error} for name in names})
+        self._write()
+
+    def fail(self, names: Collection[str], what: str, error: Exception) -> None:
+        """Note why experiments have failed; called where the error is handled."""
+        _LOGGER.exception("%s: %s", ", ".join(names), what)
+        lines = str(error).strip().splitlines() or [""]
+        self.set(names, FAILED, f"{what}: {type(error).__name__}: {lines[0]}")
+
+    def _write(self) -> None:
+        write_atomically(self._path, written(self.by_name, "json"))
+
+
+class _PackRun:
+    def __init__(self, packs: Path, build: str, backend: str | None, names: Sequence[str], outcomes: _Outcomes) -> None:
+        self._packs = packs
+        self._build_path = build
+        self._backend = backend
+        self._outcomes = outcomes
+        self._folders = {name: packs.parent / name for name in names}
+        self._configs: dict[str, ExperimentConfig] = {}
+
+    def run(self) -> None:
+        build = load_build(self._build_path)
+        for group in group_alike(self._built(build), self._most):
+            for names, content in self._starting_points(list(group)):
+                try:
+                    is_left = self._train({name: group[name] for name in names}, content)
+                except Exception as error:  # whatever it is, other experiments are not to blame
+                    self._outcomes.fail(names, "training failed", error)
+                else:
+                    if is_left:
+                        return
+
+    def _built(self, build: Build) -> Iterator[tuple[str, Built]]:
+        manager = ConfigurationManager(self._packs.parent, self._packs)
+        models = weakref.WeakSet[nn.Module]()
+        for name, folder in self._folders.items():
+            try:
+                config = create_experiment_config(manager.load_config(folder / CONFIG_FILE, validate=False))
+                built = build_experiment(build, config)
+                if built.model in models:
+                    raise ConfigurationError(
+                        "build: received the model of an earlier experiment again; expected a new one at every call, "
+                        "because its weights follow from the seed of its experiment"
+                    )
+                _check_settings(config, built)
+            except Exception as error:  # the user's code may raise anything
+                self._outcomes.fail([name], "it cannot be built", error)
+            else:
+                models.add(built.model)
+                self._configs[name] = config
+                yield name, built
+
+    def _most(self, name: str, built: Built) -> int:
+        """How many such experiments can train at once; 0 if this one cannot train at all."""
+        try:
+            size = models_that_fit(built)
+        except Exception as error:  # the model, the loss and the data are the user's code
+            self._outcomes.fail([name], "it cannot be trained", error)
+            return 0
+        if size < len(self._folders):
+            _LOGGER.info("%s: memory is free for %d such experiments at once", name, size)
+        return size
+
+    def _starting_points(self, names: list[str]) -> list[tuple[list[str], dict[str, Any] | None]]:
+        if not self._configs[names[0]].preemption.auto_resume:
+            return [(names, None)]
+        return starting_points(self._packs, self._build_path, names, self._part_folder)
+
+    def _part_folder(self, names: Sequence[str]) -> Path:
+        return self._packs / pack_name(self._build_path, names)
+
+    def _train(self, group: Mapping[str, Built], content: dict[str, Any] | None) -> bool:
+        """Train experiments that are alike; returns whether a signal asked to leave."""
+        names, first = list(group), next(iter(group.values()))
+        configs = [self._configs[name] for name in names]
+        folder = self._part_folder(names)
+        write_members(folder, self._build_path, names)
+        if content is not None:
+            _write_first(folder, content, configs[0])
+        population = Population(
+            self._batch(folder, group, configs),
+            functools.partial(_optimize, configs=configs, train=first.train),
+            loss_fn=first.loss_fn,
+            names=names,
+            config=_trainer_config(configs[0], folder),
+            metrics=first.metrics,
+            per_model=_per_model(configs, list(group.values())),
+            keep_best=configs[0].checkpoint.monitor,
+            mode=configs[0].checkpoint.mode,
+        )
+        files = ExperimentFiles(self._folders, self._configs, population.history, population.best_models)
+        population.add_callback(files)
+        population.fit(first.train, first.val)
+        if population.trainer.preempted:
+            return True
+        end = population.trainer.store.newest()
+        for place, name in enumerate(names):
+            reason = population.trainer.stopped_models.get(place)
+            try:
+                files.export(name, end)
+            except Exception as error:  # a full disk, a name that cannot be a file's
+                self._outcomes.fail([name], "its checkpoint was not written", error)
+            else:
+                has_diverged = reason is not None and is_divergence(reason)
+                self._outcomes.set([name], *((FAILED, f"it was stopped: {reason}") if has_diverged else (COMPLETED,)))
+        return False
+
+    def _batch(self, folder: Path, group: Mapping[str, Built], configs: Sequence[ExperimentConfig]) -> ModelBatch:
+        def make(**options: Any) -> ModelBatch:
+            models = [built.model for built in group.values()]
+            return ModelBatch(models, seeds=[model_seed(config) for config in configs], **options)
+
+        if self._backend != "auto":
+            return make(backend=self._backend)
+        path = folder / BACKEND_FILE
+        if not path.is_file():
+            # Chosen once: a run that is resumed goes on as it began.
+            options = _advised(make(), next(iter(group.values())), configs[0])
+            write_atomically(path, written(options, "json"))
+        return make(**_read(path))
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Hold a pack for this process; the system frees it when the process ends, in whatever way."""
+    if sys.platform == "win32":
+        yield
+        return
+    with (folder / LOCK_FILE).open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigurationError(f"{folder}: another process runs this pack. Wait for it.") from error
+        except OSError as error:
+            _LOGGER.debug("%s cannot be held: %s", folder, error)  # a file system without locks
+        yield
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__} in place of names and values")
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{path} cannot be read: {error}. Start the grid search again.") from error
+    return content
+
+
+def _check_settings(config: ExperimentConfig, built: Built) -> None:
+    """Refuse what would stop the other experiments later."""
+    seed = _order_seed(config)
+    if type(seed) is not int or not 0 <= seed < 2**32:
+        raise ConfigurationError(problem("data.custom_params.order_seed", seed, "a whole number from 0 to 2^32 - 1"))
+    _optimize(ModelBatch([nn.Linear(1, 1)], backend="torch"), [0], configs=[config], train=built.train)
+
+
+def _order_seed(config: ExperimentConfig) -> Any:
+    return config.data.custom_params.get("order_seed", 0)
+
+
+def _advised(batch: ModelBatch, built: Built, config: ExperimentConfig) -> dict[str, Any]:
+    inputs, targets = first_batch(built)
+    loss_fn: Callable[..., Any] = functools.partial(built.loss_fn, **dict(built.loss_args or {}))
+    advice = batch.advise(inputs, targets, loss_fn, optimizer_cls=optimizer_class(config.optimizer.name))
+    _LOGGER.info("%s", advice)
+    return {name: value for name, value in advice.options.items() if value is not None}
+
+
+def _optimize(
+    batch: ModelBatch, models: Sequence[int], *, configs: Sequence[ExperimentConfig], train: Any
+) -> tuple[torch.optim.Optimizer, Any]:
+    own = [configs[model] for model in models]
+    optimizer = make_optimizer(batch, own)
+    if own[0].scheduler is None:
+        return optimizer, None
+    try:
+        batches = len(train)
+    except TypeError as error:
+        raise ConfigurationError(
+            f"scheduler: received {own[0].scheduler.name!r} with a train loader that has no length; expected one that "
+            "knows how many batches an epoch has, or no scheduler"
+        ) from error
+    if not batches:
+        return optimizer, None  # the trainer refuses such a loader
+    steps = optimizer_steps(batches, own[0].performance.gradient_accumulation_steps or 1)
+    return optimizer, make_schedulers(optimizer, own, steps)[0]
+
+
+def _trainer_config(config: ExperimentConfig, folder: Path) -> GenericTrainerConfig:
+    """That of the first experiment, but for what the pack decides or each model has for itself."""
+    own = GenericTrainerConfig.from_experiment_config(copy.deepcopy(config))
+    own.checkpoint_dir, own.experiment_name = str(folder.parent), folder.name
+    own.checkpoint.save_last = True
+    own.filename = DEFAULT_FILENAME
+    own.max_grad_norm = own.early_stopping_patience = None
+    own.on_nan_loss = "freeze"
+    own.scheduler_interval = scheduler_interval(config)
+    # Of the data; weights and noise of the models have seeds of their own.
+    own.seed = _order_seed(config)
+    return own
+
+
+def _per_model(configs: Sequence[ExperimentConfig], built: Sequence[Built]) -> PerModel:
+    first = built[0].loss_args or {}
+    return PerModel(
+        max_grad_norm=[config.performance.clip_grad_norm for config in configs],
+        early_stopping_patience=[config.training.early_stopping_patience for config in configs],
+        loss_args={name: torch.stack([(one.loss_args or {})[name] for one in built]) for name in first},
+    )
+
+
+def _write_first(folder: Path, content: dict[str, Any], config: ExperimentConfig) -> None:
+    """Write the checkpoint from which experiments of other packs go on here."""
+    store = CheckpointStore(folder)
+    store.open()
+    seconds = config.checkpoint.timeout_seconds
+    store.save(
+        store.name_for(content["epoch"], content["global_step"], content["metrics"]),
+        {**content, "experiment_name": folder.name},
+        is_ranked=content["is_ranked"],
+        deadline=time.monotonic() + seconds,
+        timeout_error=lambda: checkpoint_timeout(seconds),
+    )
