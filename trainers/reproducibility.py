@@ -45,24 +45,29 @@ def algorithms(*, deterministic: bool, benchmark: bool) -> Iterator[None]:
         benchmark: Whether cuDNN tries out which algorithm is the fastest for every new shape. Not with
             ``deterministic``, because what is the fastest may differ from run to run: a warning says so.
     """
-    cudnn = torch.backends.cudnn
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic
-    filled, benchmarked = memory.fill_uninitialized_memory, cudnn.benchmark
+    filled, benchmarked = memory.fill_uninitialized_memory, torch.backends.cudnn.benchmark
     if deterministic:
         # What cuBLAS asks for; it is read when the library starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         # Meant for finding bugs, at the price of writing all memory twice.
         memory.fill_uninitialized_memory = False
-        cudnn.benchmark = False
+        _set_benchmark(False)
         if benchmark:
             _LOGGER.warning("benchmark has no effect with deterministic: the fastest algorithm may differ between runs")
     elif benchmark:
-        cudnn.benchmark = True
+        _set_benchmark(True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         memory.fill_uninitialized_memory = filled
-        cudnn.benchmark = benchmarked
+        _set_benchmark(benchmarked)
+
+
+def _set_benchmark(value: bool) -> None:
+    # Not what it is already: a process may have these flags locked (`torch.backends.disable_global_flags`).
+    if torch.backends.cudnn.benchmark != value:
+        torch.backends.cudnn.benchmark = value

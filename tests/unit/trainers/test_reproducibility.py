@@ -153,3 +153,10 @@ def test_both_at_once(caplog: pytest.LogCaptureFixture) -> None:
     with algorithms(deterministic=True, benchmark=True):
         assert _torch_settings()["benchmark"] is False
     assert "benchmark has no effect with deterministic" in caplog.text
+
+
+def test_flags_that_a_process_has_locked_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Once locked, they stay so: told to torch as if they were.
+    monkeypatch.setattr(torch.backends, "flags_frozen", lambda: True)
+    with algorithms(deterministic=True, benchmark=False):
+        pass
