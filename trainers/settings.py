@@ -171,12 +171,13 @@ class GenericTrainerConfig:
 
     def __post_init__(self) -> None:
         explicit = self.__dict__.pop("_explicit", set())
-        self.performance = copy.copy(self.performance)
+        # What is set here later must not reach the caller's sections, which may be those of an experiment.
+        for group in ("checkpoint", "preemption", "performance", "logging"):
+            setattr(self, group, copy.deepcopy(getattr(self, group)))
         if self.performance.gradient_accumulation_steps is None:
             self.performance.gradient_accumulation_steps = 1
         if self.performance.clip_grad_norm is None and ("performance", "clip_grad_norm") not in explicit:
             self.performance.clip_grad_norm = 1.0
-        self.preemption = copy.copy(self.preemption)
         handled, requeued = _as_signals("signals", self.signals), _as_signals("requeue_signals", self.requeue_signals)
         self.preemption.signals = [number.name for number in handled]
         if ("preemption", "requeue_signals") not in explicit and ("preemption", "signals") in explicit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 import subprocess
 import sys
@@ -147,3 +148,17 @@ def test_needs_neither_omegaconf_nor_jax() -> None:
         "assert not {'jax', 'flax', 'wandb', 'tensorboard'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_is_set_later_stays_out_of_the_caller_s_sections() -> None:
+    groups = {
+        "checkpoint": CheckpointConfig(),
+        "preemption": PreemptionConfig(),
+        "performance": PerformanceConfig(gradient_accumulation_steps=1, clip_grad_norm=1.0),
+        "logging": LoggingConfig(),
+    }
+    before = copy.deepcopy(groups)
+    config = GenericTrainerConfig(**groups)
+    config.checkpoint_dir, config.max_preemptions, config.mixed_precision, config.log_every_n_steps = "x", 9, None, 7
+    config.preemption.signals.clear()
+    assert groups == before
