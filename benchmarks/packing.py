@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import report
 from benchmarks.bars import Bar
-from benchmarks.command import RESULTS, file_name
+from benchmarks.command import RESULTS
 from benchmarks.measure import Disagreement, Spread
 from trainers.built import Built, build_experiment
 from trainers.config import ExperimentConfig, create_experiment_config
@@ -71,9 +72,9 @@ def experiments(count: int, epochs: int) -> list[ExperimentConfig]:
             {
                 "experiment_name": f"digits_{number:02d}",
                 "model": {"name": "mlp", "hidden_size": 128},
-                "training": {"epochs": epochs, "batch_size": 64},
+                "training": {"epochs": epochs, "batch_size": 64, "learning_rate": 1e-4 * 100 ** (number / count)},
                 "data": {"dataset_name": "digits"},
-                "optimizer": {"name": "adam", "learning_rate": 1e-4 * 100 ** (number / count), "weight_decay": 0.0},
+                "optimizer": {"name": "adam", "weight_decay": 0.0},
                 "performance": {"num_workers": 0},
                 "logging": {"console_log": False, "log_level": "ERROR"},
                 "seed": number,
@@ -137,10 +138,60 @@ def check_same_weights(weights: dict[str, list[dict[str, torch.Tensor]]]) -> flo
         for ours, theirs in zip(expected, models, strict=True):
             if set(ours) != set(theirs):
                 raise Disagreement(f"{name} has parameters {sorted(theirs)}, {first} {sorted(ours)}")
-            largest = max([largest, *(float((ours[key] - theirs[key]).abs().max()) for key in ours)])
-    if not largest <= TOLERANCE:
-        raise Disagreement(f"weights differ by {largest}; the bound is {TOLERANCE}")
+            differences = [float((ours[key] - theirs[key]).abs().max()) for key in ours]
+            if not all(difference <= TOLERANCE for difference in differences):
+                raise Disagreement(f"{name}: weights differ by {differences} from those of {first}; bound {TOLERANCE}")
+            largest = max(largest, *differences)
     return largest
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the rounds gave.
+
+    Attributes:
+        where: The machine.
+        experiments: How many.
+        epochs: Of each.
+        seconds: Of each contestant, one entry a round.
+        difference: The largest in final weights.
+        bars: What must hold.
+    """
+
+    where: dict[str, Any]
+    experiments: int
+    epochs: int
+    seconds: dict[str, list[float]]
+    difference: float
+    bars: list[Bar]
+
+    def page(self) -> str:
+        """As Markdown."""
+        spreads = {name: Spread.of(own) for name, own in self.seconds.items()}
+        rows = [
+            [
+                name,
+                f"{spread.median:.2f} ({spread.lower:.2f}-{spread.upper:.2f})",
+                f"{spreads[ALONE].median / spread.median:.1f}",
+            ]
+            for name, spread in spreads.items()
+        ]
+        parts = [
+            f"# {self.experiments} experiments: digits, MLP 64-128-10, batch 64, Adam, {self.epochs} epochs",
+            ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in self.where.items()),
+            f"Whole runs in one process, with building, validation, metrics and checkpoints every epoch: medians of "
+            f"{len(self.seconds[PACKED])} paired rounds, with quartiles. Final weights differ by "
+            f"{self.difference:.0e} at most.",
+            report.table(["contestant", "s", f"x as fast as {ALONE}"], rows),
+        ]
+        return "\n\n".join([*parts, *(["## What must hold", report.bars_table(self.bars)] if self.bars else [])])
+
+    def write(self, folder: Path) -> None:
+        """Keep the page and the data."""
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {**asdict(self), "bars": [{**asdict(bar), "holds": bar.holds} for bar in self.bars]}
+        (folder / "packing.json").write_text(json.dumps(content, indent=1) + "\n")
+        (folder / "packing.md").write_text(self.page() + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -170,58 +221,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ratio = Spread.of([slow / fast for slow, fast in zip(seconds[fastest], seconds[PACKED], strict=True)])
     bars = [] if options.quick else [Bar(f"{fastest} / {PACKED}", ratio, 5.0, at_least=True)]
     where = report.machine(torch.get_num_threads(), None)
-    print(_page(where, configs, seconds, difference, bars))
+    measured = Measured(where, len(configs), configs[0].training.epochs, seconds, difference, bars)
+    print(measured.page())
     if not options.quick:
-        _write(options.output, where, configs, seconds, difference, bars)
+        measured.write(options.output)
     return int(not all(bar.holds for bar in bars))
-
-
-def _page(
-    where: dict[str, Any],
-    configs: Sequence[ExperimentConfig],
-    seconds: dict[str, list[float]],
-    difference: float,
-    bars: Sequence[Bar],
-) -> str:
-    spreads = {name: Spread.of(own) for name, own in seconds.items()}
-    rows = [
-        [
-            name,
-            f"{spread.median:.2f} ({spread.lower:.2f}-{spread.upper:.2f})",
-            f"{spreads[ALONE].median / spread.median:.1f}",
-        ]
-        for name, spread in spreads.items()
-    ]
-    return "\n\n".join(
-        [
-            f"# {len(configs)} experiments: digits, MLP 64-128-10, batch 64, Adam, {configs[0].training.epochs} epochs",
-            ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in where.items()),
-            f"Whole runs in one process, with building, validation, metrics and checkpoints every epoch: medians of "
-            f"{len(seconds[PACKED])} paired rounds, with quartiles. Final weights differ by {difference:.0e} at most.",
-            report.table(["contestant", "s", f"x as fast as {ALONE}"], rows),
-            *(["## What must hold", report.bars_table(bars)] if bars else []),
-        ]
-    )
-
-
-def _write(
-    folder: Path,
-    where: dict[str, Any],
-    configs: Sequence[ExperimentConfig],
-    seconds: dict[str, list[float]],
-    difference: float,
-    bars: Sequence[Bar],
-) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / file_name("packing", None).replace("_step", "")
-    content = {
-        "machine": where,
-        "seconds": seconds,
-        "weight_difference": difference,
-        "bars": [{"what": bar.what, "median": bar.measured.median, "holds": bar.holds} for bar in bars],
-    }
-    path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
-    path.with_suffix(".md").write_text(_page(where, configs, seconds, difference, bars) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import bars, command, comparison, peers, plots, report
+from benchmarks import bars, command, comparison, packing, peers, plots, report
 from benchmarks.contestants import CONTESTANTS, CONVOLUTIONS, ON_JAX, ON_TORCH, ONE_RATE, TOGETHER, Contestant, Loop
 from benchmarks.floors import Rates, floor_of
 from benchmarks.measure import (
@@ -472,3 +474,21 @@ def test_a_quick_run(name: str, contestants: set[str], tmp_path: Path) -> None:
     for contestant in contestants:
         assert f"| {contestant} |" in finished.stdout
     assert output.with_suffix(".md").read_text() == finished.stdout
+
+
+def test_a_quick_run_of_packing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    # Both are of the process.
+    monkeypatch.setattr(logging, "disable", lambda level: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    assert packing.main(["--quick"]) == 0
+    printed = capsys.readouterr().out
+    for contestant in packing.CONTESTANTS:
+        assert f"| {contestant} |" in printed
+
+
+def test_packed_runs_with_other_weights_are_noticed() -> None:
+    right = [{"weight": torch.ones(2)}]
+    assert packing.check_same_weights({"one": right, "other": [{"weight": torch.ones(2) + 1e-3}]}) > 0
+    for wrong in ({"weight": torch.ones(2) + 0.1}, {"weight": torch.full((2,), torch.nan)}, {"bias": torch.ones(2)}):
+        with pytest.raises(Disagreement):
+            packing.check_same_weights({"one": right, "other": [wrong]})
