@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from trainers.metrics import model_metrics_of
 from trainers.per_model import PerModel
 from trainers.preemption import SignalFlags, is_first_rank, wait_for_all_ranks
 from trainers.reproducibility import algorithms, seed_everything
+from trainers.saving import Saves
 from trainers.schedules import as_list
 from trainers.settings import GenericTrainerConfig
 from trainers.snapshot import apply_objects, apply_run, collect, is_finished, own_rank, restore_callbacks
@@ -126,6 +126,7 @@ class GenericTrainer(TrainerHooks):
         self.stopped_models: dict[int, str] = {}
         self.signal_flags = SignalFlags(self.config.signal_numbers())
         self.store = self._make_store()
+        self._saves = Saves(self.store)
         self._loss_fn = loss_fn
         self._metrics = dict(metrics or {})
         self._per_model = per_model
@@ -221,19 +222,19 @@ class GenericTrainer(TrainerHooks):
             emergency: Whether the time limit for preemptions holds instead of that for ordinary saves.
 
         Returns:
-            Its path.
+            Its path; with ``save_in_background`` the file may be complete only at the next save.
 
         Raises:
             TrainerError: There is no run, or something is half done.
-            CheckpointTimeoutError: It took longer than ``checkpoint.timeout_seconds``.
+            CheckpointTimeoutError: It took longer than ``checkpoint.timeout_seconds``, or the save before did, in the
+                background.
             PreemptionTimeoutError: With ``emergency``, it took longer than ``preemption.timeout_minutes``.
         """
         loop = self._loop
         if loop is None:
             raise TrainerError("save_checkpoint", received="no run", fix="Call fit() first.")
-        seconds = self.config.preemption_timeout if emergency else self.config.checkpoint.timeout_seconds
-        error = preemption_timeout if emergency else checkpoint_timeout
-        deadline = time.monotonic() + seconds
+        if emergency:
+            self._saves.finish()
         state = loop.resume_state()
         before = self.current_phase
         self.set_phase(TrainerPhase.CHECKPOINT_SAVE_START)
@@ -242,13 +243,15 @@ class GenericTrainer(TrainerHooks):
             name = self.store.name_for(state.epoch, state.global_step, self.logs)
             path = self.store.folder / name
             if is_first_rank():
-                self.store.save(
+                is_last = emergency or before is TrainerPhase.TRAINING_COMPLETE
+                self._saves.save(
                     name,
                     content,
                     is_ranked=before in (TrainerPhase.EPOCH_END, TrainerPhase.TRAINING_COMPLETE)
                     and state.train is None,
-                    deadline=deadline,
-                    timeout_error=lambda: error(seconds),
+                    seconds=self.config.preemption_timeout if emergency else self.config.checkpoint.timeout_seconds,
+                    timeout_error=preemption_timeout if emergency else checkpoint_timeout,
+                    in_background=self.config.save_in_background and not is_last,
                 )
             wait_for_all_ranks()
             self.set_phase(TrainerPhase.CHECKPOINT_SAVE_END)
@@ -274,6 +277,7 @@ class GenericTrainer(TrainerHooks):
                 ``FileNotFoundError``).
         """
         if checkpoint_path is None:
+            self._saves.wait()
             self.store.open()
             content = self.store.newest()
         else:
@@ -432,6 +436,7 @@ class GenericTrainer(TrainerHooks):
                 self.call_hooks("on_resume_from_checkpoint", state)
             self.call_hooks("on_training_start")
             loop.run(state, loader_state)
+            self._saves.wait()
         except Preempted:
             _LOGGER.info("the run was left after step %d and can be resumed", self.global_step)
         except KeyboardInterrupt:

@@ -96,6 +96,8 @@ class GenericTrainerConfig:
         deterministic: Whether only algorithms that give the same result every time are used; torch warns of
             operations that have none.
         benchmark: Whether cuDNN looks for the fastest algorithms.
+        save_in_background: Whether training goes on while a copy of the state is written: faster where files are slow,
+            for one more copy of models and optimizer state in memory. The last save of a run is waited for.
         checkpoint_dir: Flat name of ``checkpoint.checkpoint_dir``.
         save_every_n_epochs: Of the same name in ``checkpoint``.
         save_every_n_steps: Of the same name in ``checkpoint``.
@@ -146,6 +148,7 @@ class GenericTrainerConfig:
     seed: int | None = None
     deterministic: bool = False
     benchmark: bool = False
+    save_in_background: bool = False
 
     checkpoint_dir: _InGroup[str] = _InGroup("checkpoint", "checkpoint_dir")
     save_every_n_epochs: _InGroup[int | None] = _InGroup("checkpoint", "save_every_n_epochs")
