@@ -222,19 +222,17 @@ class GenericTrainer(TrainerHooks):
             emergency: Whether the time limit for preemptions holds instead of that for ordinary saves.
 
         Returns:
-            Its path; with ``save_in_background`` the file may be complete only at the next save.
+            Its path; with ``save_in_background`` the file is complete when `fit` returns, if not earlier.
 
         Raises:
             TrainerError: There is no run, or something is half done.
-            CheckpointTimeoutError: It took longer than ``checkpoint.timeout_seconds``, or the save before did, in the
+            CheckpointTimeoutError: It took longer than ``checkpoint.timeout_seconds``, or the one before did in the
                 background.
             PreemptionTimeoutError: With ``emergency``, it took longer than ``preemption.timeout_minutes``.
         """
         loop = self._loop
         if loop is None:
             raise TrainerError("save_checkpoint", received="no run", fix="Call fit() first.")
-        if emergency:
-            self._saves.finish()
         state = loop.resume_state()
         before = self.current_phase
         self.set_phase(TrainerPhase.CHECKPOINT_SAVE_START)
@@ -244,6 +242,8 @@ class GenericTrainer(TrainerHooks):
             path = self.store.folder / name
             if is_first_rank():
                 is_last = emergency or before is TrainerPhase.TRAINING_COMPLETE
+                if is_last:
+                    self._saves.finish()
                 self._saves.save(
                     name,
                     content,
@@ -446,6 +446,7 @@ class GenericTrainer(TrainerHooks):
             self.set_phase(TrainerPhase.ERROR_FATAL)
             raise
         finally:
+            self._saves.finish()
             loop.close()
 
     def _place(self, state: ResumeState) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Saves of a run, at once or in the background."""
+"""Checkpoints of a run are written one after another, at once or in the background."""
 
 from __future__ import annotations
 
@@ -93,10 +93,13 @@ class Saves:
             raise failure
 
     def finish(self) -> None:
-        """Return when nothing is being written; what went wrong is only logged."""
+        """Return when nothing is being written; what went wrong is only logged.
+
+        For the end of a run: its last save, or the error that ends it, is not to be lost over an earlier failure.
+        """
         try:
             self.wait()
-        except Exception:  # there is another reason to leave, which is not to be hidden
+        except Exception:
             _LOGGER.exception("a save in the background failed; the last complete checkpoint is kept")
 
     def _run(self, work: Callable[[], None]) -> None:

@@ -151,18 +151,50 @@ def _line_of_repeated(text: str, key: str) -> int:
 
 def _read_yaml(path: Path, text: str) -> dict[str, Any]:
     try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        tree = None if node is None else loader.construct_document(node)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = 1 if mark is None else mark.line + 1
-        raise _broken(path, line, " ".join(filter(None, (error.context, error.problem)))) from error
-    except yaml.reader.ReaderError as error:
-        raise _broken(path, text.count("\n", 0, error.position) + 1, f"{error.reason}") from error
-    except (RecursionError, ValueError) as error:
-        raise _broken(path, 1, f"no valid YAML: {error}") from error
+        # libyaml is ten times as fast; what it refuses, Python's parser explains.
+        node, tree = _parsed(_FastLoader, text)
+    except Exception:
+        try:
+            node, tree = _parsed(_Loader, text)
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            line = 1 if mark is None else mark.line + 1
+            raise _broken(path, line, " ".join(filter(None, (error.context, error.problem)))) from error
+        except yaml.reader.ReaderError as error:
+            raise _broken(path, text.count("\n", 0, error.position) + 1, f"{error.reason}") from error
+        except (RecursionError, ValueError) as error:
+            raise _broken(path, 1, f"no valid YAML: {error}") from error
     return _top(path, tree, 1 if node is None else node.start_mark.line + 1)
+
+
+def _parsed(loader_class: Any, text: str) -> tuple[yaml.Node | None, Any]:
+    loader = loader_class(text)
+    node = loader.get_single_node()
+    if node is None:
+        return None, None
+    _check_keys(node, set())
+    return node, loader.construct_document(node)
+
+
+def _check_keys(node: yaml.Node, seen: set[int]) -> None:
+    """Raise if a mapping has a key twice; before merges are resolved, which may overwrite keys."""
+    # What an alias stands for is one node in several places.
+    if isinstance(node, yaml.ScalarNode) or id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for entry in node.value:
+            _check_keys(entry, seen)
+        return
+    keys = set()
+    for key, value in node.value:
+        if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+            if key.value in keys:
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key.value!r} appears twice; expected once", problem_mark=key.start_mark
+                )
+            keys.add(key.value)
+        _check_keys(value, seen)
 
 
 def _broken(path: Path, line: int, what: str) -> ConfigurationError:
@@ -194,19 +226,11 @@ def _as_written(number: Any, text: str, kind: Callable[[Any], Any]) -> Any:
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types.
-    """Numbers as above; no dates, which have no field; no key twice."""
+    """Numbers as above; no dates, which have no field."""
 
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise yaml.MarkedYAMLError(
-                        problem=f"key {key.value!r} appears twice; expected once", problem_mark=key.start_mark
-                    )
-                seen.add(key.value)
-        return node
+
+class _FastLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Likewise, where PyYAML was built with libyaml."""
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
@@ -217,16 +241,17 @@ class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
 
 
 _OWN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp", "value")}
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _OWN_TAGS]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _class in (_Loader, _Dumper):
+for _class in (_Loader, _FastLoader):
+    _class.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in _OWN_TAGS]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _class.add_constructor("tag:yaml.org,2002:float", lambda loader, node: _float(loader.construct_scalar(node)))
+    _class.add_constructor("tag:yaml.org,2002:int", lambda loader, node: _integer(loader.construct_scalar(node)))
+for _class in (_Loader, _FastLoader, _Dumper):
     for _name, _pattern in (("float", _FLOAT), ("int", _INTEGER)):
         _whole = re.compile(rf"(?:{_pattern.pattern})\Z")
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _whole, [*"-+.0123456789"])
-_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: _float(loader.construct_scalar(node)))
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: _integer(loader.construct_scalar(node)))
 
 
 def _represented_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
