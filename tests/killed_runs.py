@@ -29,12 +29,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
-from tests.training_runs import BATCH, EPOCHS, ROWS, Rows, make_objects
+from tests.training_runs import BATCH, EPOCHS, ROWS, Rows, make_objects, run_state
 from trainers.checkpoint_files import read_checkpoint
 from trainers.config.schema import LoggingConfig
 from trainers.generic import GenericTrainer
 from trainers.settings import GenericTrainerConfig
-from trainers.states import ResumeState, TrainerPhase, capture_rng_state, rng_to_dict
+from trainers.states import ResumeState, TrainerPhase
 
 # What a run differs in, but for the model and the number of loader processes.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -271,18 +271,10 @@ def start(folder: Path, case: tuple[str, int, str], stop: Stop | None, started: 
 
 def end_of(trainer: GenericTrainer, folder: Path) -> dict[str, Any]:
     """Everything that must not depend on whether a run was stopped."""
-    schedulers = trainer.scheduler if isinstance(trainer.scheduler, list) else [trainer.scheduler]
     checkpoint = read_checkpoint(folder / "checkpoints" / "latest.ckpt")
     kept = ("epoch", "global_step", "metrics", "early_stopping", "best", "preemption_count", "trackers")
     return {
-        "model": trainer.model.state_dict(),
-        "optimizer": trainer.optimizer.state_dict(),
-        "schedulers": [scheduler.state_dict() for scheduler in schedulers],
-        "rng": rng_to_dict(capture_rng_state()),
-        "steps": trainer.global_step,
-        "phase": trainer.current_phase.value,
-        "logs": trainer.logs,
-        "model_metrics": trainer.model_metrics,
+        **run_state(trainer),
         "checkpoint": {name: checkpoint[name] for name in kept},
         "csv": {path.name: path.read_text() for path in sorted((folder / "csv").rglob("*.csv"))},
     }

@@ -178,8 +178,8 @@ def run(
     return trainer
 
 
-def final_state(trainer: Recorder) -> dict[str, Any]:
-    """Everything that must not depend on whether a run was stopped."""
+def run_state(trainer: GenericTrainer) -> dict[str, Any]:
+    """Of any trainer, what must not depend on whether its run was stopped."""
     schedulers = trainer.scheduler if isinstance(trainer.scheduler, list) else [trainer.scheduler]
     return {
         "model": trainer.model.state_dict(),
@@ -189,8 +189,13 @@ def final_state(trainer: Recorder) -> dict[str, Any]:
         "steps": trainer.global_step,
         "logs": trainer.logs,
         "phase": trainer.current_phase.value,
-        "notes": {key: value for key, value in trainer.notes.items() if key != "events"},
+        "model_metrics": trainer.model_metrics,
     }
+
+
+def final_state(trainer: Recorder) -> dict[str, Any]:
+    """Everything that must not depend on whether a run was stopped."""
+    return {**run_state(trainer), "notes": {key: value for key, value in trainer.notes.items() if key != "events"}}
 
 
 def assert_identical(actual: Any, expected: Any, where: str = "") -> None:

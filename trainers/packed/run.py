@@ -21,8 +21,8 @@ from mb_torch import ModelBatch
 from trainers.built import Build, Built, build_experiment, load_build, model_seed
 from trainers.checkpoint import DEFAULT_FILENAME, CheckpointStore
 from trainers.checkpoint_files import checkpoint_timeout
-from trainers.config.creation import create_experiment_config
-from trainers.config.errors import ConfigurationError, problem
+from trainers.config.creation import examine
+from trainers.config.errors import ConfigurationError, ValidationError, problem
 from trainers.config.files import write_atomically, written
 from trainers.config.manager import ConfigurationManager
 from trainers.config.schema import ExperimentConfig
@@ -127,7 +127,7 @@ class _PackRun:
         models = weakref.WeakSet[nn.Module]()
         for name, folder in self._folders.items():
             try:
-                config = create_experiment_config(manager.load_config(folder / CONFIG_FILE, validate=False))
+                config = _config_in(folder / CONFIG_FILE, manager)
                 built = build_experiment(build, config)
                 if built.model in models:
                     raise ConfigurationError(
@@ -236,6 +236,14 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"{path} cannot be read: {error}. Start the grid search again.") from error
     return content
+
+
+def _config_in(path: Path, manager: ConfigurationManager) -> ExperimentConfig:
+    # Warnings were logged when the file was written, once for the whole grid.
+    examined = examine(manager.load_config(path, validate=False))
+    if examined.problems:
+        raise ValidationError(examined.problems, str(path))
+    return examined.config
 
 
 def _check_settings(config: ExperimentConfig, built: Built) -> None:
