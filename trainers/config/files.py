@@ -15,6 +15,8 @@ import yaml
 from trainers.config.errors import ConfigurationError, UnsupportedFormat
 
 SUFFIXES = (".yaml", ".yml", ".json")
+# Of texts that libyaml reads: a few hundred levels fit into the stack of any thread.
+_LINE, _BRACKETS = 200, 100
 
 _FLOAT = re.compile(
     r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
@@ -151,20 +153,34 @@ def _line_of_repeated(text: str, key: str) -> int:
 
 def _read_yaml(path: Path, text: str) -> dict[str, Any]:
     try:
-        # libyaml is ten times as fast; what it refuses, Python's parser explains.
-        node, tree = _parsed(_FastLoader, text)
+        node, tree = _parsed(_FastLoader if _is_plain(text) else _Loader, text)
     except Exception:
-        try:
-            node, tree = _parsed(_Loader, text)
-        except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
-            line = 1 if mark is None else mark.line + 1
-            raise _broken(path, line, " ".join(filter(None, (error.context, error.problem)))) from error
-        except yaml.reader.ReaderError as error:
-            raise _broken(path, text.count("\n", 0, error.position) + 1, f"{error.reason}") from error
-        except (RecursionError, ValueError) as error:
-            raise _broken(path, 1, f"no valid YAML: {error}") from error
+        # Whatever libyaml refuses, Python's parser refuses or explains.
+        node, tree = _explained(path, text)
     return _top(path, tree, 1 if node is None else node.start_mark.line + 1)
+
+
+def _is_plain(text: str) -> bool:
+    """Whether libyaml, which is ten times as fast, reads the text as Python's parser does.
+
+    It reads tabs and byte order marks otherwise, and overflows the stack where nesting is deep: blocks cannot nest
+    deeper than a line is long, the rest not deeper than there are brackets.
+    """
+    longest = max(map(len, text.split("\n")))
+    return longest <= _LINE and text.count("[") + text.count("{") <= _BRACKETS and not {"\t", "\ufeff"} & set(text)
+
+
+def _explained(path: Path, text: str) -> tuple[yaml.Node | None, Any]:
+    try:
+        return _parsed(_Loader, text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = 1 if mark is None else mark.line + 1
+        raise _broken(path, line, " ".join(filter(None, (error.context, error.problem)))) from error
+    except yaml.reader.ReaderError as error:
+        raise _broken(path, text.count("\n", 0, error.position) + 1, f"{error.reason}") from error
+    except (RecursionError, ValueError) as error:
+        raise _broken(path, 1, f"no valid YAML: {error}") from error
 
 
 def _parsed(loader_class: Any, text: str) -> tuple[yaml.Node | None, Any]:

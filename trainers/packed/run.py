@@ -186,6 +186,7 @@ class _PackRun:
         if population.trainer.preempted:
             return True
         end = population.trainer.store.newest()
+        completed = []
         for place, name in enumerate(names):
             reason = population.trainer.stopped_models.get(place)
             try:
@@ -193,8 +194,11 @@ class _PackRun:
             except Exception as error:  # a full disk, a name that cannot be a file's
                 self._outcomes.fail([name], "its checkpoint was not written", error)
             else:
-                has_diverged = reason is not None and is_divergence(reason)
-                self._outcomes.set([name], *((FAILED, f"it was stopped: {reason}") if has_diverged else (COMPLETED,)))
+                if reason is not None and is_divergence(reason):
+                    self._outcomes.set([name], FAILED, f"it was stopped: {reason}")
+                else:
+                    completed.append(name)
+        self._outcomes.set(completed, COMPLETED)
         return False
 
     def _batch(self, folder: Path, group: Mapping[str, Built], configs: Sequence[ExperimentConfig]) -> ModelBatch:

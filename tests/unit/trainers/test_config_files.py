@@ -22,6 +22,7 @@ from trainers.config import (
     UnsupportedFormat,
     ValidationError,
     create_experiment_config,
+    files,
     to_dict,
     with_value,
 )
@@ -411,3 +412,27 @@ def test_a_link_keeps_pointing_to_its_file(manager: ConfigurationManager, tmp_pa
     manager.save_config({"seed": 1}, link)
     assert link.is_symlink()
     assert (tmp_path / "real.yaml").read_text() == "seed: 1\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: " + "[" * 50_000,
+        "{a: " * 50_000,
+        "- " * 50_000,
+        "? " * 50_000,
+        "\n".join(" " * n + "a:" for n in range(3000)),
+    ],
+    ids=["lists", "dicts", "items", "keys", "blocks"],
+)
+def test_what_nests_too_deep_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "deep.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigurationError, match=r"deep\.yaml, line \d+"):
+        ConfigurationManager(tmp_path, tmp_path).load_config(path)
+
+
+def test_the_fast_parser_reads_what_is_written() -> None:
+    text = files.written(to_dict(create_experiment_config(MINIMAL)), "yaml")
+    assert files._is_plain(text)
+    assert files._parsed(files._FastLoader, text)[1] == files._parsed(files._Loader, text)[1]
