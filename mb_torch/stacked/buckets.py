@@ -7,7 +7,7 @@ float for all models, or rows ``[num_models, 1, ...]`` with a value per model.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import torch
@@ -106,6 +106,17 @@ def choose(condition: Tensor, chosen: Value, other: Value) -> Tensor:
         return torch.full((), value, dtype=torch.float64, device=condition.device)
 
     return torch.where(condition, wide(chosen), wide(other))
+
+
+def as_rows(values: Collection[Value], num_models: int, device: torch.device) -> Tensor:
+    """Several `Value`s as one float64 tensor ``[count, num_models]``, without waiting for the device."""
+    if device.type == "cpu":
+        rows = np.empty((len(values), num_models))
+        for row, value in zip(rows, values, strict=True):
+            row[:] = value
+        return torch.from_numpy(rows)
+    wide = [torch.as_tensor(value, dtype=torch.float64) for value in values]
+    return torch.stack([value.to(device, non_blocking=True).expand(num_models) for value in wide])
 
 
 def spread(values: Tensor, tensors: Tensors) -> Tensors:
