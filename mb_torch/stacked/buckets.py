@@ -6,6 +6,7 @@ float for all models, or rows ``[num_models, 1, ...]`` with a value per model.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Mapping
 
@@ -112,11 +113,11 @@ def as_rows(values: Collection[Value], num_models: int, device: torch.device) ->
     """Several `Value`s as one float64 tensor ``[count, num_models]``, without waiting for the device."""
     if device.type == "cpu":
         rows = np.empty((len(values), num_models))
-        for row, value in zip(rows, values, strict=True):
-            row[:] = value
+        for row, value in enumerate(values):
+            rows[row] = value.numpy() if isinstance(value, Tensor) else value
         return torch.from_numpy(rows)
-    wide = [torch.as_tensor(value, dtype=torch.float64) for value in values]
-    return torch.stack([value.to(device, non_blocking=True).expand(num_models) for value in wide])
+    full = functools.partial(torch.full, (num_models,), dtype=torch.float64, device=device)
+    return torch.stack([value.double() if isinstance(value, Tensor) else full(value) for value in values])
 
 
 def spread(values: Tensor, tensors: Tensors) -> Tensors:
