@@ -6,8 +6,9 @@ float for all models, or rows ``[num_models, 1, ...]`` with a value per model.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import torch
@@ -106,6 +107,17 @@ def choose(condition: Tensor, chosen: Value, other: Value) -> Tensor:
         return torch.full((), value, dtype=torch.float64, device=condition.device)
 
     return torch.where(condition, wide(chosen), wide(other))
+
+
+def as_rows(values: Collection[Value], num_models: int, device: torch.device) -> Tensor:
+    """Several `Value`s as one float64 tensor ``[count, num_models]``, without waiting for the device."""
+    if device.type == "cpu":
+        rows = np.empty((len(values), num_models))
+        for row, value in enumerate(values):
+            rows[row] = value.numpy() if isinstance(value, Tensor) else value
+        return torch.from_numpy(rows)
+    full = functools.partial(torch.full, (num_models,), dtype=torch.float64, device=device)
+    return torch.stack([value.double() if isinstance(value, Tensor) else full(value) for value in values])
 
 
 def spread(values: Tensor, tensors: Tensors) -> Tensors:

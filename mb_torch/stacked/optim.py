@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from mb_torch.configs import call_with_config, check_configs
 from mb_torch.errors import InvalidInput, InvalidState, Unsupported
-from mb_torch.stacked.buckets import Bucket, Value
+from mb_torch.stacked.buckets import Bucket, Value, as_rows
 from mb_torch.stacked.model_view import Stack
 from mb_torch.stacked.optimizer_state import StackedOptimizerState, StateOfViews, options, split_state
 from mb_torch.stacked.update_rules import RULES
@@ -129,7 +129,7 @@ class _Compilable(NamedTuple):
     """A compiled update without its numbers: the clocks that tick, and what the update works on."""
 
     clocks: list[int]
-    static: Static
+    clock_of: tuple[int, ...]
     params: list[Tensor]
     state: dict[str, list[Tensor]]
 
@@ -178,7 +178,6 @@ class StackedOptimizer(PerModelOptimizer):
         """Drop what is derived from groups, clocks and storage."""
         self._hyper: _Hyper | None = None
         self._compilables: dict[Any, _Compilable] = {}
-        self._number_tensors: dict[tuple[int, str], tuple[float, Tensor]] = {}
         self._plans: dict[Any, list[tuple[int, list[_Piece]]]] = {}
 
     @property
@@ -239,12 +238,14 @@ class StackedOptimizer(PerModelOptimizer):
         hyper = self._read_groups()
         plan = self._compilable(tuple(present) if present is not None else (True,) * len(self._stacks), hyper.flags)
         ticking = None if active is None else active.to(self._device)
-        clocks, numbers = {}, []
+        clocks, names, numbers = {}, (), []
         for index in plan.clocks:
             now = self._stacked_state.clocks[index]
             clocks[index], own = next_step(self.rule, now, hyper.values, hyper.flags, ticking)
-            numbers.append({name: self._as_tensor((index, name), value) for name, value in own.items()})
-        return PendingUpdate(UpdateInputs(self.rule, plan.static, plan.params, plan.state, numbers), clocks)
+            names = tuple(own)
+            numbers.append(as_rows(own.values(), self.num_models, self._device))
+        static = Static(tuple(sorted(hyper.flags.items())), plan.clock_of, names)
+        return PendingUpdate(UpdateInputs(self.rule, static, plan.params, plan.state, numbers), clocks)
 
     def _compilable(self, present: tuple[bool, ...], flags: Mapping[str, bool]) -> _Compilable:
         """What compiled updates of these stacks have in common."""
@@ -256,10 +257,7 @@ class StackedOptimizer(PerModelOptimizer):
             used = sorted({stacked.clock_of[position] for position in positions})
             self._compilables[key] = _Compilable(
                 used,
-                Static(
-                    tuple(sorted(flags.items())),
-                    tuple(used.index(stacked.clock_of[position]) for position in positions),
-                ),
+                tuple(used.index(stacked.clock_of[position]) for position in positions),
                 [self._stacks[position].parameter.detach() for position in positions],
                 {
                     name: [stacked.tensor(name, position) for position in positions]
@@ -273,17 +271,6 @@ class StackedOptimizer(PerModelOptimizer):
         for index, clock in pending.clocks.items():
             self._stacked_state.clocks[index] = clock
         self.count_updates(1)
-
-    def _as_tensor(self, key: tuple[int, str], value: Value) -> Tensor:
-        """A number of every model ``[num_models]``; most of them are what they were in the step before."""
-        if isinstance(value, Tensor):
-            return value
-        seen = self._number_tensors.get(key)
-        if seen is None or seen[0] != value:
-            dtype = torch.bool if isinstance(value, bool) else torch.float64
-            seen = value, torch.full((self.num_models,), value, dtype=dtype, device=self._device)
-            self._number_tensors[key] = seen
-        return seen[1]
 
     def _read_groups(self) -> _Hyper:
         """The groups' hyper-parameters as they are now; recomputed only where they changed."""
@@ -502,7 +489,7 @@ class StackedOptimizer(PerModelOptimizer):
                     )
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = ("_hyper", "_compilables", "_number_tensors", "_plans")
+        derived = ("_hyper", "_compilables", "_plans")
         return {key: value for key, value in super().__getstate__().items() if key not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -106,7 +106,10 @@ def plan_parts(num_models: int, chunk_size: int | None, arguments: Arguments) ->
         arguments: What the models get; routed tensors among them tell the real rows.
     """
     limit = chunk_size or num_models
-    rows, padded_rows = arguments.rows, arguments.padded_rows
+    rows = arguments.rows
+    if rows is None and limit >= num_models:
+        return None
+    padded_rows = arguments.padded_rows
     if rows is None or all(count == padded_rows for count in rows):
         sizes = _pieces(num_models, limit)
         return None if len(sizes) == 1 else Plan(num_models, None, sizes, [None] * len(sizes))

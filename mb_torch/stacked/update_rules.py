@@ -44,6 +44,7 @@ class _SGD(Rule):
     counters = ("uses",)
     saved_counters = ()
     optional: ClassVar[Mapping[str, str]] = {"momentum_buffer": "momentum"}
+    masks = frozenset({"with_momentum"})
 
     def flags(self, columns: Mapping[str, Sequence[float]], switches: Mapping[str, bool]) -> dict[str, bool]:
         return {**super().flags(columns, switches), **_momentum_flags(columns["momentum"])}
@@ -226,6 +227,7 @@ class _RAdam(Rule):
     numbers = ("lr", "betas", "eps", "weight_decay")
     switches = ("maximize", "decoupled_weight_decay")
     always = ("exp_avg", "exp_avg_sq")
+    masks = frozenset({"tractable"})
 
     def coefficients(
         self, clock: Sequence[Value], hyper: Mapping[str, Value], flags: Mapping[str, bool]
@@ -297,6 +299,7 @@ class _RMSprop(Rule):
     switches = ("centered", "maximize")
     always = ("square_avg",)
     optional: ClassVar[Mapping[str, str]] = {"momentum_buffer": "momentum", "grad_avg": "centered"}
+    masks = frozenset({"with_momentum"})
 
     def flags(self, columns: Mapping[str, Sequence[float]], switches: Mapping[str, bool]) -> dict[str, bool]:
         return {**super().flags(columns, switches), **_momentum_flags(columns["momentum"])}

@@ -40,6 +40,7 @@ class Rule(ABC):
         optional: Other state tensors, each with the key of the group that says whether a model needs it.
         initial: State tensors that do not start at zero, each with the key of the group that says where.
         has_kernel: Whether torch has the whole update as one kernel, for `update_by_kernel`.
+        masks: Names of those coefficients that are true or false.
     """
 
     numbers: ClassVar[tuple[str, ...]] = ("lr", "weight_decay")
@@ -51,6 +52,7 @@ class Rule(ABC):
     optional: ClassVar[Mapping[str, str]] = {}
     initial: ClassVar[Mapping[str, str]] = {}
     has_kernel: ClassVar[bool] = False
+    masks: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -107,6 +109,8 @@ class Static(NamedTuple):
     flags: tuple[tuple[str, bool], ...]
     clock_of: tuple[int, ...]
     """For each parameter, the index of its counters."""
+    names: tuple[str, ...]
+    """What the step's coefficients are called."""
 
 
 class UpdateInputs(NamedTuple):
@@ -118,10 +122,11 @@ class UpdateInputs(NamedTuple):
     """Stacks ``[num_models, ...]`` that get a gradient."""
     state: dict[str, list[Tensor]]
     """State tensors by name, aligned with `params`."""
-    numbers: list[dict[str, Tensor]]
-    """For each set of counters the step's coefficients, each ``[num_models]``.
+    numbers: list[Tensor]
+    """For each set of counters the step's coefficients, rows ``[count, num_models]`` of float64.
 
-    Not computed by the compiled function: the compiler would work out the powers anew for every few elements.
+    Not computed by the compiled function: the compiler would work out the powers anew for every few elements. One
+    tensor, because the compiled function checks each one that it gets.
     """
 
 
@@ -208,7 +213,9 @@ def apply_updates(inputs: UpdateInputs, grads: Sequence[Tensor], active: Tensor 
     """
     rule, static, params, state, numbers = inputs
     flags = dict(static.flags)
-    for index, own_numbers in enumerate(numbers):
+    for index, rows in enumerate(numbers):
+        own = zip(static.names, rows, strict=True)
+        own_numbers = {name: row != 0 if name in rule.masks else row for name, row in own}
         by_dtype: dict[torch.dtype, list[int]] = {}
         for position, owner in enumerate(static.clock_of):
             if owner == index:

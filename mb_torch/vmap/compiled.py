@@ -40,6 +40,24 @@ class NotCompilable(Unsupported):
         warnings.warn(f"{self}; the models run vectorised, but not compiled", UserWarning, stacklevel=2)
 
 
+class _Calls(Generic[T]):
+    """What dry runs of the calls with one key have shown.
+
+    Attributes:
+        graphs: The map's trace and the result of the dry run, by the number of the graph.
+        latest: That of the graph that ran last; None if the next call needs a dry run.
+    """
+
+    def __init__(self) -> None:
+        self.graphs: dict[int, tuple[Trace, T]] = {}
+        self.latest: tuple[Trace, T] | None = None
+
+    def expects(self, graph: int) -> bool:
+        """Whether the graph is known to go with what the latest dry run returned."""
+        examined = self.graphs.get(graph)
+        return examined is not None and self.latest is not None and examined[1] == self.latest[1]
+
+
 class CompiledFunction(Generic[T]):
     """A compiled function of all models that knows the form of its results.
 
@@ -56,10 +74,9 @@ class CompiledFunction(Generic[T]):
 
     def __init__(self, models: ModelMap, function: Callable[..., Any], options: dict[str, Any]) -> None:
         self._models = models
-        self._examined: dict[tuple[int, Hashable], tuple[Trace, T]] = {}
-        self._latest: dict[Hashable, T] = {}
+        self._calls: dict[Hashable, _Calls[T]] = {}
         self._number_of_graphs = 0
-        self._expected: tuple[Hashable, T] | None = None
+        self._expected: _Calls[T] | None = None
         self._ran: int | None = None
         self._function = torch.compile(function, **self._watched(options))
 
@@ -85,20 +102,23 @@ class CompiledFunction(Generic[T]):
             NotCompilable: There is a graph break, or there were too many graphs.
             Unsupported: The compiler failed; the function itself has passed its dry run.
         """
+        calls = self._calls.get(key)
+        if calls is None:
+            calls = self._calls[key] = _Calls()
         fresh: tuple[Trace, T] | None = None
-        if key not in self._latest:
-            fresh = self._examine(dry_run, buffers)
-            self._latest[key] = fresh[1]
+        if calls.latest is None:
+            fresh = calls.latest = self._examine(dry_run, buffers)
         for _ in range(_ATTEMPTS):
-            known = self._latest[key]
-            self._expected, self._ran = (key, known), None
+            assert calls.latest is not None
+            known = calls.latest[1]
+            self._expected, self._ran = calls, None
             try:
                 result = self._function(*arguments(known))
             except NotExamined as new:
-                if (new.graph, key) not in self._examined:
+                if new.graph not in calls.graphs:
                     fresh = fresh or self._examine(dry_run, buffers)
-                    self._examined[new.graph, key] = fresh
-                self._latest[key] = self._examined[new.graph, key][1]
+                    calls.graphs[new.graph] = fresh
+                calls.latest = calls.graphs[new.graph]
                 continue
             except Exception as error:
                 if _is_dynamos_limit(error):
@@ -110,23 +130,23 @@ class CompiledFunction(Generic[T]):
                         f"torch.compile failed: {_summary(error)}", fix="Leave out enable_compile()."
                     ) from error
                 raise
-            self._finish(key, fresh)
+            self._finish(calls, fresh)
             return result, known
         raise Unsupported(
             "torch.compile: which parameters take part in the loss depends on something that the compiler does not see",
             fix="Leave out enable_compile().",
         )
 
-    def _finish(self, key: Hashable, fresh: tuple[Trace, T] | None) -> None:
+    def _finish(self, calls: _Calls[T], fresh: tuple[Trace, T] | None) -> None:
         """Set the map's trace to that of the graph that ran."""
         if fresh is not None:
             self._models.trace = fresh[0]
         elif self._ran is not None:
-            self._models.trace = self._examined[self._ran, key][0]
+            self._models.trace = calls.graphs[self._ran][0]
         assert self._models.trace is not None
         if self._ran is None or self._models.trace.packing.has_numbers:
             # Not compiled (``disable=True``), or one graph for many Python numbers: every call has its own dry run.
-            del self._latest[key]
+            calls.latest = None
 
     def _examine(self, dry_run: Callable[[], T], buffers: Sequence[Tensor]) -> tuple[Trace, T]:
         with _unchanged(buffers, self._models):
@@ -146,8 +166,7 @@ class CompiledFunction(Generic[T]):
             def run(*args: Any) -> Any:
                 if self._ran is None:
                     assert self._expected is not None
-                    key, expected = self._expected
-                    if (number, key) not in self._examined or self._examined[number, key][1] != expected:
+                    if not self._expected.expects(number):
                         raise NotExamined(number)
                     self._ran = number
                 return compiled(*args)

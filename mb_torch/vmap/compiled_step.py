@@ -115,12 +115,15 @@ class CompiledStep:
                 for index, optimizer in enumerate(optimizers)
                 if optimizer is not None
             ]
-            inputs = [pending.inputs for _, pending in updates]
-            # The very tensors of the updates: the compiler would copy aliases of inputs that it changes.
-            plain = [[stack.detach() for stack in own] for own in job.stacks]
-            params = (param for own in inputs for param in own.params)
-            for (definition, position), param in zip(used, params, strict=True):
-                plain[definition][position] = param
+            # The very tensors of the updates: the compiler would copy aliases of inputs that it changes. Given once,
+            # because it would check in every call that two of its inputs are still the same tensor.
+            params = iter([param for _, pending in updates for param in pending.inputs.params])
+            changed = set(used)
+            plain = [
+                [next(params) if (index, position) in changed else stack.detach() for position, stack in enumerate(own)]
+                for index, own in enumerate(job.stacks)
+            ]
+            inputs = [pending.inputs._replace(params=[]) for _, pending in updates]
             bound = clip_norm
             if isinstance(clip_norm, (int, float)):
                 bound = torch.tensor(clip_norm, dtype=torch.float64, device=plain[0][0].device)
@@ -141,6 +144,7 @@ class CompiledStep:
         active: Tensor | None,
     ) -> Result:
         result = self._differentiate(job, used)
+        params = iter([job.stacks[definition][position] for definition, position in used])
         grads = result.grads
         if clip_norm is not None:
             # Copies, which the compiler makes only where it has to: two parameters may share their gradient.
@@ -148,7 +152,8 @@ class CompiledStep:
             clip_gradients_(grads, clip_norm)
         remaining = iter(grads)
         for inputs in updates:
-            apply_updates(inputs, [next(remaining) for _ in inputs.params], active)
+            own = inputs._replace(params=[next(params) for _ in inputs.static.clock_of])
+            apply_updates(own, [next(remaining) for _ in own.params], active)
         return result._replace(grads=[])
 
     def _differentiate(self, job: Job, used: Used) -> Result:

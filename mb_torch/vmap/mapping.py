@@ -192,11 +192,12 @@ class Fallback:
 
         ``buffers`` are those that a pass may change; after a failed try they are put back.
         """
-        if self.one_by_one:
+        training = self._training
+        if training in self._one_by_one:
             return one_by_one(arguments)
         # A pass that fails half-way has already updated some buffers and may have changed its inputs.
-        proven = self._training in self._proven
-        buffers = buffers if self._training or not proven else []
+        proven = training in self._proven
+        buffers = buffers if training or not proven else []
         saved = [buffer.clone() for buffer in buffers]
         versions = arguments.versions()
         try:
@@ -204,7 +205,7 @@ class Fallback:
             result = at_once(given)
             if not proven:
                 arguments.take_changes(given)
-            self._proven.add(self._training)
+            self._proven.add(training)
             return result
         except (ModelBatchError, torch.OutOfMemoryError):
             _put_back(buffers, saved)
@@ -220,7 +221,7 @@ class Fallback:
         except Exception:
             _put_back(buffers, saved)
             raise
-        self._one_by_one.add(self._training)
+        self._one_by_one.add(training)
         self._warn(error)
         return result
 

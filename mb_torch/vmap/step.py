@@ -63,20 +63,27 @@ class FusedStep:
             (inputs, targets, self.spec.loss_args), (not self.spec.shared_input, not shared_targets, True)
         )
         active = self._active(arguments.rows)
-        if self._pending.calls + 1 == self.spec.accumulate:
+        plan = plan_parts(self.num_models, self._chunk_size(), arguments)
+        stacks = self._stacks()
+        compiled = self._compiled_update(stacks) if plan is None else None
+        # A compiled update makes the check itself, before anything changes.
+        if compiled is None and self._pending.calls + 1 == self.spec.accumulate:
             check_update(self.spec, self._pending.active_with(active))
         saved = None if active is None else [[b.clone() for b in d.buffers()] for d in self._models.definitions]
-        plan = plan_parts(self.num_models, self._chunk_size(), arguments)
         keys = self._keys()
         scale = self._loss_scale()
+        grads: Gradients | None = None
         with torch.enable_grad():
             try:
-                outputs, grads = self._pass(plan, keys, arguments, scale, active)
+                if compiled is not None:
+                    outputs = self._train_compiled(compiled, stacks, keys, arguments.plain(), active)
+                else:
+                    outputs, grads = self._pass(plan, stacks, keys, arguments, scale)
             except NotCompilable as reason:
                 # Nothing has run; from now on the options that were refused are not tried again.
                 self.uncompiled = True
                 reason.warn()
-                outputs, grads = self._pass(plan, keys, arguments, scale, active)
+                outputs, grads = self._pass(plan, stacks, keys, arguments, scale)
         if active is not None and saved is not None:
             self._keep_frozen_buffers(saved, active)
         trace = self._models.trace
@@ -91,17 +98,14 @@ class FusedStep:
     def _pass(
         self,
         plan: Plan | None,
+        stacks: list[list[Tensor]],
         keys: Tensor | None,
         arguments: Arguments,
         scale: Tensor | None,
-        active: Tensor | None,
-    ) -> tuple[list[Tensor], Gradients | None]:
-        """Outputs, the losses first, and the gradients if they were not applied already."""
+    ) -> tuple[list[Tensor], Gradients]:
+        """Outputs, the losses first, and the gradients."""
         if plan is not None:
-            return self._differentiate_parts(plan, keys, arguments, scale)
-        stacks = self._stacks()
-        if self._compiles_updates(stacks):
-            return self._train_compiled(stacks, keys, arguments.plain(), active), None
+            return self._differentiate_parts(plan, stacks, keys, arguments, scale)
         return self._differentiate(stacks, keys, arguments.plain(), scale)
 
     def run(self, batches: Sequence[tuple[Any, Any]], *, shared_targets: bool) -> tuple[Tensor, Any]:
@@ -259,10 +263,11 @@ class FusedStep:
             self._compiled, self.uncompiled = (options, CompiledStep(self._models, options)), False
         return None if self.uncompiled else self._compiled[1]
 
-    def _compiles_updates(self, stacks: list[list[Tensor]]) -> bool:
-        """Whether the update too can be part of the compiled graph."""
-        return (
-            self._compiled_step() is not None
+    def _compiled_update(self, stacks: list[list[Tensor]]) -> CompiledStep | None:
+        """The compiled form of this step if the update too can be part of its graph."""
+        compiled = self._compiled_step()
+        fits = (
+            compiled is not None
             and not self.fallback.one_by_one
             and self.spec.accumulate == 1
             and self.spec.scaler is None
@@ -271,12 +276,16 @@ class FusedStep:
                 for optimizer, own in zip(self.spec.optimizers, stacks, strict=True)
             )
         )
+        return compiled if fits else None
 
     def _train_compiled(
-        self, stacks: list[list[Tensor]], keys: Tensor | None, arguments: Arguments, active: Tensor | None
+        self,
+        compiled: CompiledStep,
+        stacks: list[list[Tensor]],
+        keys: Tensor | None,
+        arguments: Arguments,
+        active: Tensor | None,
     ) -> list[Tensor]:
-        compiled = self._compiled_step()
-        assert compiled is not None
         buffers = self._buffers(stacks)
 
         def at_once(arguments: Arguments) -> list[Tensor]:
@@ -323,12 +332,12 @@ class FusedStep:
     def _differentiate_parts(
         self,
         plan: Plan,
+        stacks: list[list[Tensor]],
         keys: Tensor | None,
         arguments: Arguments,
         scale: Tensor | None,
     ) -> tuple[list[Tensor], Gradients]:
         """Part by part, so that only one part's activations exist at a time."""
-        stacks = self._stacks()
         shares = [plan.split([stack.detach() for stack in own]) for own in stacks]
         part_keys, part_scales = plan.split_vector(keys), plan.split_vector(scale)
         outputs, grads = [], []

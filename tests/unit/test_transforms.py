@@ -90,9 +90,11 @@ class MappedOptimizer:
         """Flags and coefficients of the next step, counted as taken."""
         assert isinstance(self.host, StackedOptimizer)
         pending = self.host.begin_update()
-        (numbers,) = pending.inputs.numbers
+        (rows,) = pending.inputs.numbers
         self.host.finish_update(pending)
-        return dict(pending.inputs.static.flags), {name: to_jax(value) for name, value in numbers.items()}
+        static, masks = pending.inputs.static, self.host.rule.masks
+        own = zip(static.names, rows, strict=True)
+        return dict(static.flags), {name: to_jax(row != 0 if name in masks else row) for name, row in own}
 
     def initial(self) -> Arrays:
         """Where state tensors start, for all models."""
