@@ -78,7 +78,9 @@ class CompiledFunction(Generic[T]):
         self._number_of_graphs = 0
         self._expected: _Calls[T] | None = None
         self._ran: int | None = None
-        self._function = torch.compile(function, **self._watched(options))
+        self._source, self._settings = function, self._watched(options)
+        self._may_vary = options.get("dynamic") is None
+        self._function = torch.compile(function, **self._settings)
 
     def __call__(
         self,
@@ -121,6 +123,12 @@ class CompiledFunction(Generic[T]):
                 calls.latest = calls.graphs[new.graph]
                 continue
             except Exception as error:
+                if self._may_vary and _is_runtime_error(error):
+                    # Not the function's own, which has passed its dry run: there are operations, dropout among them,
+                    # that cannot be traced within vmap for sizes that are to vary.
+                    self._may_vary = False
+                    self._function = torch.compile(self._source, **{**self._settings, "dynamic": False})
+                    continue
                 if _is_dynamos_limit(error):
                     raise NotCompilable(
                         f"torch.compile cannot compile them in one piece ({_summary(error)})"
@@ -209,7 +217,11 @@ def _is_dynamos_limit(error: Exception) -> bool:
 def _is_compiler_failure(error: Exception) -> bool:
     exceptions = importlib.import_module("torch._dynamo.exc")
     # A runtime error under trace is one of the model.
-    return isinstance(error, exceptions.TorchDynamoException) and not isinstance(error, exceptions.TorchRuntimeError)
+    return isinstance(error, exceptions.TorchDynamoException) and not _is_runtime_error(error)
+
+
+def _is_runtime_error(error: Exception) -> bool:
+    return isinstance(error, importlib.import_module("torch._dynamo.exc").TorchRuntimeError)
 
 
 @contextmanager
