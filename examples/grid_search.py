@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,8 @@ def make_loader(rows: int, seed: int, batch_size: int) -> DataLoader:
     return DataLoader(TensorDataset(points, labels), batch_size, shuffle=True)
 
 
-def train(config_path: Path, name: str, folder: Path) -> None:
-    """One experiment, of which everything is said by its configuration."""
+def train(config_path: Path, name: str, folder: Path) -> int:
+    """One experiment, of which everything is said by its configuration; returns the exit code."""
     manager = ConfigurationManager(project_root=Path(__file__).parent, config_dir=folder)
     config = create_experiment_config(manager.load_config(config_path))
     torch.manual_seed(config.seed or 0)
@@ -86,6 +87,7 @@ def train(config_path: Path, name: str, folder: Path) -> None:
     )
     if not trainer.preempted:
         (folder / RESULT_FILE).write_text(json.dumps({"experiment_name": name, **trainer.logs}))
+    return trainer.exit_code
 
 
 def main() -> None:
@@ -97,8 +99,7 @@ def main() -> None:
     experiment.add_argument("--output-dir", type=Path)
     options = parser.parse_args()
     if options.config is not None:
-        train(options.config, options.experiment_name, options.output_dir)
-        return
+        sys.exit(train(options.config, options.experiment_name, options.output_dir))
     with tempfile.TemporaryDirectory() as temporary:
         search((options.output or Path(temporary)).absolute())
 

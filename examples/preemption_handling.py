@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -112,8 +113,9 @@ def main() -> None:
     )
     options = parser.parse_args()
     if "SLURM_JOB_ID" in os.environ:
-        tell(train(options.output or Path("runs", "preemption_handling")))
-        return
+        trainer = train(options.output or Path("runs", "preemption_handling"))
+        tell(trainer)
+        sys.exit(trainer.exit_code)
     print("not in a Slurm job: this script sends itself the signal and starts itself again")
     with tempfile.TemporaryDirectory() as temporary:
         rehearse(options.output or Path(temporary))

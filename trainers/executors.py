@@ -35,6 +35,8 @@ _SCRIPT_WRITERS = {"slurm": "slurm.executor:write_job_scripts"}
 _EXTRAS = {"slurm": "slurm"}
 
 RECORD_FILE = "job.json"
+# With which a script says that its run was saved but is not complete: that of `sysexits.h` for "try again later".
+INTERRUPTED_EXIT_CODE = 75
 CONFIG_FILE = "config.yaml"
 
 

@@ -115,7 +115,8 @@ class ModelTrainingFramework:
                 no limit with Slurm.
             naming_strategy: How the experiments are called.
             script_path: The training script, relative to the project. Default: ``scripts/train.py``. It gets
-                ``--config FILE --experiment-name NAME --output-dir FOLDER``.
+                ``--config FILE --experiment-name NAME --output-dir FOLDER``. Exit code 0 means complete; 75
+                (`GenericTrainer.exit_code`) means interrupted, and to be run again.
             rerun_failed_only: Of the grid search in ``output_dir``, run what is neither complete nor at work, under the
                 same names; the result speaks of these only.
             build: ``"module:function"``, importable from the project's folder: ``function(config)`` returns a
@@ -150,7 +151,7 @@ class ModelTrainingFramework:
         search = self._search(parameter_grids, base_config, base_config_path, naming_strategy)
         folder = GridFolder(self._output_dir(output_dir, moment), self._config_manager)
         if rerun_failed_only:
-            moment = folder.moment_of_earlier_search(naming_strategy)
+            moment = folder.moment_of_earlier_search(naming_strategy) or moment
         experiments = search.named_experiments(moment)
         plan = Plan(
             tuple(
@@ -183,6 +184,8 @@ class ModelTrainingFramework:
             if rerun_failed_only:
                 plan = replace(plan, jobs=folder.unsettled(plan.jobs))
             folder.write_plan(search, plan)
+            # So that a rerun finds what it needs even if this process is killed.
+            folder.write_summary(_result(asked, plan.jobs, [], time.monotonic() - start), moment)
             try:
                 with closing(executor.run(replace(plan, lock=lock))) as running:
                     for outcome in running:

@@ -16,6 +16,7 @@ from trainers.checkpoint import CheckpointStore
 from trainers.checkpoint_files import checkpoint_timeout, preemption_timeout, read_checkpoint
 from trainers.config.errors import ConfigurationError
 from trainers.errors import MissingCheckpointError, TrainerError
+from trainers.executors import INTERRUPTED_EXIT_CODE
 from trainers.hooks import TrainerHooks
 from trainers.loader_processes import can_fork
 from trainers.loaders import make_resumable
@@ -65,6 +66,8 @@ class GenericTrainer(TrainerHooks):
         stop_training: Set it to end the run at the next step boundary.
         preempted: Whether the last `fit` was left because of a signal.
         requeued: Whether Slurm was asked to start the job again, and accepted.
+        late_signals: Signals that came when the last `fit` could be left no more. It came to its end (unless
+            ``preempted``), and the program is to end too: numbers, 0 for `request_preemption`.
         preemption_count: How often the run was requeued.
         logs: Of the last finished epoch.
         model_metrics: Of the last finished epoch, one value per model of a `ModelBatch`.
@@ -120,6 +123,7 @@ class GenericTrainer(TrainerHooks):
         self.stop_training = False
         self.preempted = False
         self.requeued = False
+        self.late_signals: list[int] = []
         self.preemption_count = 0
         self.logs: dict[str, Any] = {}
         self.model_metrics: dict[str, Any] = {}
@@ -146,7 +150,8 @@ class GenericTrainer(TrainerHooks):
     ) -> None:
         """Train to the end, or go on from the newest checkpoint of this run to the end.
 
-        Returns also when a signal asked for it; the run was saved then, and ``preempted`` is true.
+        Returns also when a signal asked for it; the run was saved then, and ``preempted`` is true. A signal that comes
+        after the last validation batch no longer stops the run: it is in ``late_signals``.
 
         Args:
             model: A module or a `ModelBatch`, on its device.
@@ -159,10 +164,12 @@ class GenericTrainer(TrainerHooks):
             NotImplementedError: Neither a step function nor ``loss_fn``.
             TrainerError: Training cannot go on, or cannot be resumed.
             ConfigurationError: Settings do not fit the model or the scheduler.
+            KeyboardInterrupt: After Ctrl-C, once the run is saved.
         """
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self._check_steps(val_loader is not None)
         self.stop_training = self.preempted = self.requeued = False
+        self.late_signals = []
         self.signal_flags.clear()
         chosen = algorithms(deterministic=self.config.deterministic, benchmark=self.config.benchmark)
         # From now on: what is to be resumed may take long to load.
@@ -183,10 +190,11 @@ class GenericTrainer(TrainerHooks):
                     restore_callbacks(self.callbacks, content["callbacks"])
                     self.stopped_models = dict(content["early_stopping"]["stopped"])
                     _LOGGER.info("this run is complete: its weights were loaded, and nothing is trained")
-                    return
-                self._run(loop, content)
+                else:
+                    self._run(loop, content)
         finally:
             self.signal_flags.restore()
+        self._tell_late_signals()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Return the loss of one batch, and whatever else is to be logged. Override it, or give ``loss_fn``.
@@ -303,6 +311,11 @@ class GenericTrainer(TrainerHooks):
     def is_saved_here(self) -> bool:
         """Whether the last checkpoint is of the run as it is now."""
         return self._loop is not None and self._saved_at == self._place(self._loop.resume_state())
+
+    @property
+    def exit_code(self) -> int:
+        """What a script exits with: 75 if the last `fit` was left before its end, so that it is run again; else 0."""
+        return INTERRUPTED_EXIT_CODE if self.preempted else 0
 
     @property
     def has_advanced(self) -> bool:
@@ -448,6 +461,14 @@ class GenericTrainer(TrainerHooks):
         finally:
             self._saves.finish()
             loop.close()
+
+    def _tell_late_signals(self) -> None:
+        """Pass on what came after the last boundary, which the handlers have kept from the program."""
+        if self.signal_flags.interrupted:
+            raise KeyboardInterrupt("the run came to its end, or was saved")
+        self.late_signals = list(self.signal_flags.received)
+        if self.late_signals and not self.preempted:
+            _LOGGER.warning("a signal came when the run could be left no more; it is in late_signals")
 
     def _place(self, state: ResumeState) -> tuple[Any, ...]:
         """What tells two states of a run apart."""

@@ -64,11 +64,14 @@ class GridFolder:
             # Closed, not unlocked: unlocking would take the folder from the children as well.
             os.close(descriptor)
 
-    def moment_of_earlier_search(self, naming_strategy: NamingStrategy) -> datetime:
-        """Return when the search that is in the folder was made: names may contain it.
+    def moment_of_earlier_search(self, naming_strategy: NamingStrategy) -> datetime | None:
+        """Return when the search that is in the folder was made.
 
         Args:
             naming_strategy: The strategy to be used now.
+
+        Returns:
+            None if it is not known and names do not contain it.
 
         Raises:
             ConfigurationError: There is no search, or its experiments are named in another way.
@@ -79,6 +82,9 @@ class GridFolder:
                 f"naming_strategy: received {naming_strategy.value!r}; expected {earlier!r}, by which the experiments "
                 f"in {self.path} are named"
             )
+        is_needed = naming_strategy is NamingStrategy.TIMESTAMP_BASED
+        if not is_needed and not (self.path / SUMMARY_FILE).exists():
+            return None
         moment = self._read(SUMMARY_FILE).get("search_made")
         try:
             return datetime.fromisoformat(str(moment))

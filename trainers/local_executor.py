@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from trainers.config.errors import ConfigurationError
 from trainers.config.files import write_atomically, written
-from trainers.executors import Job, MissingScript, Outcome, Plan, Task, read_record
+from trainers.executors import INTERRUPTED_EXIT_CODE, Job, MissingScript, Outcome, Plan, Task, read_record
 from trainers.packing import forget_outcomes, read_outcomes
 
 _LOGGER = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ POLL_SECONDS = 0.02
 # How long children may take to save their state once they were asked to end.
 GRACE_SECONDS = 30.0
 SHOWN_CHARACTERS = 300
+_INTERRUPTED = "interrupted; a rerun goes on where it was"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class LocalExecutor:
     Experiments that a function builds run in packs, a process each. Output goes to ``local-<index>.out`` and ``.err``
     in the experiment's folder, that of a pack to ``local.out`` in the pack's, behind that of earlier runs. When
     this process is interrupted, asked to terminate or hung up on, its children are asked to end, and killed after a
-    while; a second Ctrl-C kills them at once. What was not complete then is no success.
+    while; a second Ctrl-C kills them at once. What was not complete then is no success, and neither is a script that
+    ends with exit code 75: it was interrupted, and `rerun_failed_only` runs it again.
 
     Example:
         >>> LocalExecutor().settled([Path("experiments/never-run")])
@@ -70,17 +72,17 @@ class LocalExecutor:
     def run(self, plan: Plan) -> Generator[Outcome]:
         """Run all experiments, at most ``max_concurrent_jobs`` (default 1) at once."""
         waiting, running = deque(plan.tasks()), list[_Child]()
-        total, count = len(plan.jobs), 0
+        total, count, at_once = len(plan.jobs), 0, min(plan.max_concurrent_jobs or 1, len(waiting))
         # Without a terminal the bar is silent.
         with _caught_signals() as caught, tqdm(total=total, unit="experiment", disable=None) as bar:
             try:
                 while waiting or running:
                     _raise_for(caught)
                     outcomes = []
-                    while waiting and len(running) < (plan.max_concurrent_jobs or 1):
+                    while waiting and len(running) < at_once:
                         task = waiting.popleft()
                         try:
-                            running.append(_start(task, plan))
+                            running.append(_start(task, plan, at_once))
                         except OSError as error:
                             outcomes += [Outcome(job, error=f"could not be started: {error}") for job in task.jobs]
                     for child in [child for child in running if child.process.poll() is not None]:
@@ -101,7 +103,9 @@ class LocalExecutor:
         return {folder for folder in folders if (read_record(folder) or {}).get("state") == "COMPLETED"}
 
 
-def _start(task: Task, plan: Plan) -> _Child:
+def _start(task: Task, plan: Plan, at_once: int) -> _Child:
+    # They share the machine's memory.
+    command = [*task.command, "--packs-at-once", str(at_once)] if task.is_pack and at_once > 1 else task.command
     records = [
         {
             "executor": "local",
@@ -109,55 +113,77 @@ def _start(task: Task, plan: Plan) -> _Child:
             "state": "RUNNING",
             "submitted": datetime.now().astimezone().isoformat(timespec="seconds"),
             "config_hash": job.config_hash(),
-            "command": task.command,
+            "command": command,
         }
         for job in task.jobs
     ]
     for job, record in zip(task.jobs, records, strict=True):
-        write_atomically(job.record_path, written(record, "json"))
+        _write(job, record)
     if task.is_pack:
         forget_outcomes(task.folder)
-    with _output(task, "out").open("ab") as out, _output(task, "err").open("ab") as err:
-        # A session of its own: Ctrl-C on the terminal reaches this process only, which then ends the child in order.
-        process = subprocess.Popen(
-            task.command,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=err,
-            cwd=plan.project_root,
-            start_new_session=True,
-            pass_fds=() if plan.lock is None else (plan.lock,),
-        )
+    try:
+        with _output(task, "out").open("ab") as out, _output(task, "err").open("ab") as err:
+            # A session of its own: Ctrl-C on the terminal reaches this process only, which ends the child in order.
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                cwd=plan.project_root,
+                start_new_session=True,
+                pass_fds=() if plan.lock is None else (plan.lock,),
+            )
+    except OSError:
+        for job, record in zip(task.jobs, records, strict=True):
+            _write(job, {**record, "state": "FAILED"})
+        raise
     return _Child(task, process, records, time.monotonic())
+
+
+def _write(job: Job, record: dict[str, Any]) -> None:
+    write_atomically(job.record_path, written(record, "json"))
 
 
 def _finish(child: _Child) -> list[Outcome]:
     code, jobs = child.process.returncode, child.task.jobs
     told: str | None = None
-    if code:
+    if code == INTERRUPTED_EXIT_CODE and not child.task.is_pack:
+        told = _INTERRUPTED
+    elif code:
         reason = f"exit code {code}" if code > 0 else f"killed by {_signal_name(-code)} (exit code {code})"
         last = _last_line(_output(child.task, "err"))
         told = f"{reason}; output in {_output(child.task, 'err')}" + (f"; last line: {last}" if last else "")
     elif child.task.is_pack:
-        told = "interrupted; a rerun goes on where it was"
+        told = _INTERRUPTED
     errors = {} if told is None else {job.name: told for job in jobs}
     for name, own in _outcomes(child.task).items():
         if own["state"] == "COMPLETED":
             errors.pop(name, None)
         elif own["state"] == "FAILED":
             errors[name] = f"{own['error']}; output in {_output(child.task, 'err')}"
-    _record_ends(child, {job.name: "FAILED" if job.name in errors else "COMPLETED" for job in jobs})
+    errors |= _record_ends(child, {job.name: _state(errors.get(job.name)) for job in jobs})
     return [
         Outcome(job, error=errors[job.name]) if job.name in errors else Outcome(job, job_id=_job_id(job))
         for job in jobs
     ]
 
 
-def _record_ends(child: _Child, states: Mapping[str, str]) -> None:
-    seconds = round(time.monotonic() - child.start, 3)
+def _state(error: str | None) -> str:
+    if error is None:
+        return "COMPLETED"
+    return "INTERRUPTED" if error == _INTERRUPTED else "FAILED"
+
+
+def _record_ends(child: _Child, states: Mapping[str, str]) -> dict[str, str]:
+    """Write what became of experiments; returns why that failed, of those that count as not complete therefore."""
+    end = {"exit_code": child.process.returncode, "seconds": round(time.monotonic() - child.start, 3)}
+    errors = {}
     for job, record in zip(child.task.jobs, child.records, strict=True):
-        changes = {"state": states[job.name], "exit_code": child.process.returncode, "seconds": seconds}
-        write_atomically(job.record_path, written({**record, **changes}, "json"))
+        try:
+            _write(job, {**record, "state": states[job.name], **end})
+        except OSError as error:
+            errors[job.name] = f"its end cannot be written: {error}"
+    return errors
 
 
 def _outcomes(task: Task) -> dict[str, dict[str, Any]]:
@@ -177,9 +203,12 @@ def _log(outcome: Outcome, progress: str) -> None:
 
 
 def _last_line(path: Path) -> str:
-    with path.open("rb") as stream:
-        stream.seek(max(0, path.stat().st_size - 4096))
-        lines = stream.read().decode(errors="replace").split("\n")
+    try:
+        with path.open("rb") as stream:
+            stream.seek(max(0, path.stat().st_size - 4096))
+            lines = stream.read().decode(errors="replace").split("\n")
+    except OSError:
+        return ""  # a script may do with its folder what it likes
     return next((line.strip()[:SHOWN_CHARACTERS] for line in reversed(lines) if line.strip()), "")
 
 

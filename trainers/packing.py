@@ -145,15 +145,15 @@ def read_outcomes(folder: Path) -> dict[str, dict[str, Any]]:
 
     Returns:
         By experiment: ``state`` (``"COMPLETED"``, ``"FAILED"`` or ``"INTERRUPTED"``) and ``error``; empty if the pack
-        has not begun, or the file is damaged.
+        has not begun, or the file cannot be read.
     """
     path = folder / OUTCOME_FILE
     try:
         outcomes: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        _LOGGER.warning("%s is damaged: %s. Its experiments count as not complete.", path, error)
+    except (OSError, ValueError) as error:
+        _LOGGER.warning("%s cannot be read: %s. Its experiments count as not complete.", path, error)
         return {}
     return outcomes
 

@@ -43,8 +43,11 @@ class SignalFlags:
         self.received: list[int] = []
         self.interrupted = False
 
-    def install(self) -> bool:
+    def install(self, *, and_interrupt: bool = True) -> bool:
         """Install the handlers.
+
+        Args:
+            and_interrupt: Whether Ctrl-C is noted too; otherwise it interrupts at once.
 
         Returns:
             False outside the main thread, where Python allows none; a warning is logged then.
@@ -58,7 +61,7 @@ class SignalFlags:
         for number in self._signals:
             self._previous[number] = signal.signal(number, self._note)
         # A handler of the user's own for Ctrl-C stays.
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        if and_interrupt and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
         return True
 

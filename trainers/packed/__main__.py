@@ -16,9 +16,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a pack; return 0 if it came to its end or was interrupted by a signal, whatever became of the experiments."""
     parser = argparse.ArgumentParser(prog="python -m trainers.packed", description=__doc__)
     parser.add_argument("folder", type=Path, help="folder of the pack, which holds pack.json")
-    folder = parser.parse_args(arguments).folder.absolute()
+    parser.add_argument("--packs-at-once", type=int, default=1, help="how many packs share this machine's memory")
+    options = parser.parse_args(arguments)
     setup_logging(logging.INFO)
-    run_pack(folder)
+    run_pack(options.folder.absolute(), options.packs_at_once)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,7 +73,7 @@ class ExperimentFiles(TrainingCallback):
         config = self._configs[name]
         settings = config.checkpoint
         store = CheckpointStore(
-            self._folders[name] / settings.checkpoint_dir,
+            _checkpoints_in(self._folders[name], settings.checkpoint_dir),
             filename=settings.filename,
             keep=settings.save_top_k,
             monitor=settings.monitor,
@@ -116,6 +117,14 @@ class ExperimentFiles(TrainingCallback):
         place = {"epoch": epoch, "global_step": step}
         state = {**content["resume_state"], **place, "train": None, "val": None}
         return {**content, **place, "metrics": self._history.at(name, epoch), "resume_state": state}
+
+
+def _checkpoints_in(folder: Path, given: str) -> Path:
+    """Where an experiment's checkpoints go: of a folder outside its own, which is for all, into a part."""
+    path = folder / given
+    # Links are not followed: a folder of one's own may well be a link to a larger disk.
+    is_own = Path(os.path.normpath(path)).is_relative_to(os.path.normpath(folder))
+    return path if is_own else path / folder.name
 
 
 def _save(store: CheckpointStore, content: dict[str, Any], seconds: float) -> None:

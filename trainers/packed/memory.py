@@ -18,15 +18,22 @@ _MEMORY_INFO = Path("/proc/meminfo")
 SHARE = 0.5
 # Copies of the parameters: themselves, gradients, two of Adam's, and one in passing.
 _COPIES = 5
+# What PyTorch says on a CPU, and XLA anywhere, in errors that have no class of their own.
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "RESOURCE_EXHAUSTED")
+# Of control groups in version 2 and 1: the folder of the root group, and the names of its limit and its use.
+_GROUPS = Path("/proc/self/cgroup")
+_VERSION_2 = (Path("/sys/fs/cgroup"), "memory.max", "memory.current")
+_VERSION_1 = (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes")
 
 
-def models_that_fit(built: Built) -> int:
+def models_that_fit(built: Built, packs_at_once: int = 1) -> int:
     """Return how many such experiments can train at once, at least one.
 
     One forward pass of the model shows what it keeps for its backward pass.
 
     Args:
         built: One of the experiments.
+        packs_at_once: How many processes share the memory.
 
     Returns:
         Free memory of the model's device over what a model needs, with room to spare.
@@ -36,7 +43,24 @@ def models_that_fit(built: Built) -> int:
         >>> models_that_fit(Built(torch.nn.Linear(4, 2), torch.nn.functional.mse_loss, batches)) > 100
         True
     """
-    return max(1, int(SHARE * free_memory(device_of(built.model)) / max(bytes_of(built), 1)))
+    return max(1, int(SHARE / packs_at_once * free_memory(device_of(built.model)) / max(bytes_of(built), 1)))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, of the host or of an accelerator.
+
+    Args:
+        error: The error; what caused it counts as well.
+
+    Example:
+        >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"))
+        True
+    """
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY):
+        return True
+    return error.__cause__ is not None and is_out_of_memory(error.__cause__)
 
 
 def bytes_of(built: Built) -> int:
@@ -64,13 +88,30 @@ def free_memory(device: torch.device) -> int:
 
 
 def _left_in_group() -> list[int]:
-    """What the limit of this process's control group leaves, as batch systems and containers set it."""
+    """What the limits of this process's control groups leave, as batch systems and containers set them."""
     try:
-        group = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip().lstrip("/")
-        limit, used = ((Path("/sys/fs/cgroup") / group / name).read_text() for name in ("memory.max", "memory.current"))
-        return [max(int(limit) - int(used), 0)]
+        lines = [line.split(":", 2) for line in _GROUPS.read_text().splitlines()]
+    except OSError:
+        return []
+    left = []
+    for number, controllers, group in lines:
+        if number != "0" and "memory" not in controllers.split(","):
+            continue
+        root, *names = _VERSION_2 if number == "0" else _VERSION_1
+        own = root / group.lstrip("/")
+        # A limit of an outer group holds for those in it. In a container the path may be one of the host's.
+        for folder in (own, *own.parents):
+            if folder.is_relative_to(root):
+                left += _left_in(folder, *names)
+    return left
+
+
+def _left_in(folder: Path, limit_name: str, use_name: str) -> list[int]:
+    try:
+        limit, used = (int((folder / name).read_text()) for name in (limit_name, use_name))
     except (OSError, ValueError):
-        return []  # no limit
+        return []  # no such group, or no limit
+    return [max(limit - used, 0)]
 
 
 def _kept_for_backward(built: Built) -> int:

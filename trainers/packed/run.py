@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import json
 import logging
+import os
+import signal
 import sys
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +43,13 @@ from trainers.metrics import is_divergence
 from trainers.packed.alike import group_alike
 from trainers.packed.experiment_files import ExperimentFiles
 from trainers.packed.first_batch import first_batch
-from trainers.packed.memory import models_that_fit
+from trainers.packed.memory import is_out_of_memory, models_that_fit
 from trainers.packed.regroup import starting_points, write_members
 from trainers.packing import OUTCOME_FILE, PACK_FILE, pack_name
 from trainers.per_model import PerModel
 from trainers.population import Population
+from trainers.preemption import SignalFlags
+from trainers.requeueing import RequeueDecision
 from trainers.settings import GenericTrainerConfig
 
 if sys.platform != "win32":
@@ -55,14 +62,15 @@ BACKEND_FILE = "backend.json"
 LOCK_FILE = ".lock"
 
 
-def run_pack(folder: Path) -> dict[str, dict[str, Any]]:
+def run_pack(folder: Path, packs_at_once: int = 1) -> dict[str, dict[str, Any]]:
     """Run the experiments of a pack, or go on where an earlier process was stopped.
 
     One bad experiment does not stop the others: one that cannot be built, or whose loss is no longer finite, fails
-    alone.
+    alone. A signal that comes while nothing trains is heeded before the next experiments begin.
 
     Args:
         folder: Of the pack, in the folder ``packs`` of the grid search.
+        packs_at_once: How many packs share this machine's free memory.
 
     Returns:
         By experiment: its ``state`` (``"COMPLETED"``, ``"FAILED"`` or ``"INTERRUPTED"``) and the ``error``. The same
@@ -75,7 +83,8 @@ def run_pack(folder: Path) -> dict[str, dict[str, Any]]:
     asked = _read(folder / PACK_FILE)
     with _held(folder):
         outcomes = _Outcomes(folder / OUTCOME_FILE, asked["experiments"])
-        _PackRun(folder.parent, asked["build"], asked["backend"], asked["experiments"], outcomes).run()
+        run = _PackRun(folder.parent, asked["build"], asked["backend"], asked["experiments"], outcomes, packs_at_once)
+        run.run()
     return outcomes.by_name
 
 
@@ -84,6 +93,7 @@ class _Outcomes:
 
     def __init__(self, path: Path, names: Sequence[str]) -> None:
         self._path = path
+        self._told: set[tuple[tuple[str, int | None], ...]] = set()
         self.by_name: dict[str, dict[str, Any]] = {name: {"state": INTERRUPTED, "error": None} for name in names}
         self._write()
 
@@ -92,42 +102,110 @@ class _Outcomes:
         self._write()
 
     def fail(self, names: Collection[str], what: str, error: Exception) -> None:
-        """Note why experiments have failed; called where the error is handled."""
-        _LOGGER.exception("%s: %s", ", ".join(names), what)
+        """Note why experiments have failed; of errors that come from one place the log has one traceback."""
         lines = str(error).strip().splitlines() or [""]
-        self.set(names, FAILED, f"{what}: {type(error).__name__}: {lines[0]}")
+        reason = f"{what}: {type(error).__name__}: {lines[0]}"
+        place = tuple((frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__))
+        _LOGGER.error("%s: %s", ", ".join(names), reason, exc_info=None if place in self._told else error)
+        self._told.add(place)
+        self.set(names, FAILED, reason)
+
+    @property
+    def are_known(self) -> bool:
+        """Whether no experiment is left to be run."""
+        return all(own["state"] != INTERRUPTED for own in self.by_name.values())
 
     def _write(self) -> None:
         write_atomically(self._path, written(self.by_name, "json"))
 
 
 class _PackRun:
-    def __init__(self, packs: Path, build: str, backend: str | None, names: Sequence[str], outcomes: _Outcomes) -> None:
+    def __init__(
+        self,
+        packs: Path,
+        build: str,
+        backend: str | None,
+        names: Sequence[str],
+        outcomes: _Outcomes,
+        packs_at_once: int,
+    ) -> None:
         self._packs = packs
         self._build_path = build
         self._backend = backend
         self._outcomes = outcomes
         self._folders = {name: packs.parent / name for name in names}
         self._configs: dict[str, ExperimentConfig] = {}
+        self._packs_at_once = packs_at_once
+        self._manager = ConfigurationManager(packs.parent, packs)
+        # That came while nothing trained: trainers have flags of their own.
+        self._signals = SignalFlags(self._signal_numbers())
 
     def run(self) -> None:
-        build = load_build(self._build_path)
+        self._signals.install(and_interrupt=False)
+        try:
+            self._run_groups(load_build(self._build_path))
+            if self._signals.received and not self._outcomes.are_known:
+                self._requeue()
+        finally:
+            self._signals.restore()
+
+    def _run_groups(self, build: Build) -> None:
         for group in group_alike(self._built(build), self._most):
             for names, content in self._starting_points(list(group)):
-                try:
-                    is_left = self._train({name: group[name] for name in names}, content)
-                except Exception as error:  # whatever it is, other experiments are not to blame
-                    self._outcomes.fail(names, "training failed", error)
-                else:
-                    if is_left:
-                        return
+                if self._run_part(build, group, names, content):
+                    return
+
+    def _run_part(
+        self, build: Build, group: Mapping[str, Built], names: list[str], content: dict[str, Any] | None
+    ) -> bool:
+        """Train experiments, half of them at a time if memory runs out; returns whether a signal asked to leave."""
+        if self._signals.received:
+            return True
+        try:
+            return self._train({name: group[name] for name in names}, content)
+        except Exception as error:  # whatever it is, other experiments are not to blame
+            if len(names) == 1 or not is_out_of_memory(error):
+                self._outcomes.fail(names, "training failed", error)
+                return False
+            half = len(names) // 2
+            _LOGGER.warning("memory ran out with %d experiments at once, so half are tried: %s", len(names), str(error))
+        # The batch is let go only here, where the error is no more.
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        for own in (names[:half], names[half:]):
+            again = self._built_again(build, own)
+            for part, start in self._starting_points(list(again)):
+                if self._run_part(build, again, part, start):
+                    return True
+        return False
+
+    def _signal_numbers(self) -> list[signal.Signals]:
+        """The signals at which the experiments are left; those of a pack agree in them."""
+        for folder in self._folders.values():
+            try:
+                config = _config_in(folder / CONFIG_FILE, self._manager)
+            except Exception:  # its experiment fails when it is built
+                continue
+            return [signal.Signals[name] for name in config.preemption.signals]
+        return []
+
+    def _requeue(self) -> None:
+        """Have Slurm start the job again, as a trainer does when it is asked to leave."""
+        config = next(iter(self._configs.values()), None)
+        if config is not None:
+            # Checkpoints count how often a run was requeued; where nothing trains only Slurm does.
+            count = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+            settings = GenericTrainerConfig.from_experiment_config(config)
+            RequeueDecision(settings, self._signals.received, count, has_advanced=False).carry_out()
 
     def _built(self, build: Build) -> Iterator[tuple[str, Built]]:
-        manager = ConfigurationManager(self._packs.parent, self._packs)
         models = weakref.WeakSet[nn.Module]()
         for name, folder in self._folders.items():
+            if self._signals.received:
+                return
             try:
-                config = _config_in(folder / CONFIG_FILE, manager)
+                config = _config_in(folder / CONFIG_FILE, self._manager)
                 built = build_experiment(build, config)
                 if built.model in models:
                     raise ConfigurationError(
@@ -142,10 +220,23 @@ class _PackRun:
                 self._configs[name] = config
                 yield name, built
 
+    def _built_again(self, build: Build, names: Sequence[str]) -> dict[str, Built]:
+        """Experiments as before their first batch: what has trained with them has moved on the order of their data."""
+        group: dict[str, Built] = {}
+        for name in names:
+            try:
+                built = build_experiment(build, self._configs[name])
+            except Exception as error:  # the user's code may raise anything
+                self._outcomes.fail([name], "it cannot be built", error)
+                continue
+            first = next(iter(group.values()), built)
+            group[name] = replace(built, train=first.train, val=first.val)
+        return group
+
     def _most(self, name: str, built: Built) -> int:
         """How many such experiments can train at once; 0 if this one cannot train at all."""
         try:
-            size = models_that_fit(built)
+            size = models_that_fit(built, self._packs_at_once)
         except Exception as error:  # the model, the loss and the data are the user's code
             self._outcomes.fail([name], "it cannot be trained", error)
             return 0
@@ -182,8 +273,12 @@ class _PackRun:
         )
         files = ExperimentFiles(self._folders, self._configs, population.history, population.best_models)
         population.add_callback(files)
-        population.fit(first.train, first.val)
+        try:
+            population.fit(first.train, first.val)
+        finally:
+            self._signals.received.extend(population.trainer.signal_flags.received)
         if population.trainer.preempted:
+            self._signals.clear()  # heeded, and the job is requeued if it is to be
             return True
         end = population.trainer.store.newest()
         completed = []

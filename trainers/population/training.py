@@ -35,7 +35,7 @@ class _Trainer(GenericTrainer):
     def on_training_start(self) -> None:
         if self.late is not None:
             self.signal_flags.received.extend(self.late.received)
-            self.signal_flags.interrupted |= self.late.interrupted
+            self.late.clear()
 
 
 class Population:
@@ -241,22 +241,29 @@ class Population:
 
     def _fit_rungs(self, rungs: Rungs, rung: int, halving: Halving, train_loader: Any, val_loader: Any) -> None:
         """Train from a rung on to the end."""
-        late = SignalFlags([])
-        while True:
-            end = self._end_of_rung(rung, halving)
-            self.trainer = self._make_trainer(rungs.config(rung, end), late)
-            is_whole = self.history.models == self.names
-            self._fit(self._batch if is_whole else self._batch.select(self.models), train_loader, val_loader)
-            if self.trainer.preempted:
-                return
-            self.trainer.store.look()
-            content = self.trainer.store.newest()
-            if end == self._config.max_epochs or self._is_over(content, end):
-                return
-            rung, late = rung + 1, self.trainer.signal_flags
-            with messages_as_configured(self._config.logging):
-                content = rungs.begin(rung, halved(content, self.names, halving))
-            self.history.load_state_dict(history_of(content))
+        late = SignalFlags(self._config.signal_numbers())
+        # Between two rungs as well a signal is noted; the next one heeds it.
+        late.install(and_interrupt=False)
+        try:
+            while True:
+                end = self._end_of_rung(rung, halving)
+                self.trainer = self._make_trainer(rungs.config(rung, end), late)
+                is_whole = self.history.models == self.names
+                self._fit(self._batch if is_whole else self._batch.select(self.models), train_loader, val_loader)
+                late.received.extend(self.trainer.late_signals)
+                if self.trainer.preempted:
+                    return
+                self.trainer.store.look()
+                content = self.trainer.store.newest()
+                if end == self._config.max_epochs or self._is_over(content, end):
+                    return
+                rung += 1
+                with messages_as_configured(self._config.logging):
+                    content = rungs.begin(rung, halved(content, self.names, halving))
+                self.history.load_state_dict(history_of(content))
+        finally:
+            late.restore()
+            self.trainer.late_signals = late.received
 
     def _end_of_rung(self, rung: int, halving: Halving) -> int:
         """Epochs of the run by the end of a rung; the last one begins when no model is to be dropped any more."""

@@ -350,6 +350,8 @@ def test_models_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     for free, expected in ((0, 1), (7 * needed, 3), (8 * needed, 4)):
         monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
         assert memory.models_that_fit(built) == expected
+    # Free are still 8 of them, for two packs.
+    assert memory.models_that_fit(built, 2) == 2
 
 
 def test_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,3 +366,43 @@ def test_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.free_memory(cpu) == 5
     info.unlink()
     assert memory.free_memory(cpu) > 2**20
+
+
+@pytest.mark.parametrize(
+    ("version", "text", "group"),
+    [(2, "0::/job/step\n", "job/step"), (1, "7:cpu,memory:/job/step\n6:cpuset:/x\n0::/\n", "job/step")],
+)
+def test_memory_of_control_groups(
+    version: int, text: str, group: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tightest limit on the way to the root counts, and one that is none does not."""
+    (tmp_path / "groups").write_text(text)
+    monkeypatch.setattr(memory, "_GROUPS", tmp_path / "groups")
+    _, *names = memory._VERSION_2 if version == 2 else memory._VERSION_1
+    for number in (1, 2):
+        monkeypatch.setattr(memory, f"_VERSION_{number}", (tmp_path / str(number), *names))
+    root = tmp_path / str(version)
+    assert memory._left_in_group() == []
+    for folder, limit, used in ((root / group, "max", 1), ((root / group).parent, "30", 10), (root, "50", 60)):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, value in zip(names, (limit, used), strict=True):
+            (folder / name).write_text(f"{value}\n")
+    assert memory._left_in_group() == [20, 0]
+
+
+@pytest.mark.parametrize(
+    ("error", "is_so"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("not enough memory of the past"), False),
+    ],
+)
+def test_what_says_that_memory_ran_out(error: Exception, is_so: bool) -> None:
+    assert memory.is_out_of_memory(error) == is_so
+    outer = KeyError("step")
+    outer.__cause__ = error
+    assert memory.is_out_of_memory(outer) == is_so

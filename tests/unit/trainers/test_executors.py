@@ -25,7 +25,7 @@ from tests.experiments import base_config, make_project
 from trainers import executors
 from trainers.config import ConfigurationError, ConfigurationManager, create_experiment_config
 from trainers.dry_run_executor import DryRunExecutor
-from trainers.executors import Job, MissingExecutor, MissingScript, Outcome, Plan
+from trainers.executors import INTERRUPTED_EXIT_CODE, Job, MissingExecutor, MissingScript, Outcome, Plan
 from trainers.grid_folder import GridFolder
 from trainers.local_executor import GRACE_SECONDS, LocalExecutor
 
@@ -171,6 +171,24 @@ def test_a_child_that_cannot_be_started_is_a_failure_of_its_own(
     first, second = run_local(plan)
     assert "could not be started" in str(first.error)
     assert second.job_id == "local-1"
+    assert [record(job)["state"] for job in plan.jobs] == ["FAILED", "COMPLETED"]
+
+
+@pytest.mark.parametrize("rest", ["pass", "folder.mkdir()", "folder.write_text('no folder')"])
+def test_a_child_that_removes_its_folder_fails_alone(rest: str, make_plan: MakePlan) -> None:
+    plan = make_plan(f"import shutil\nif folder.name == 'a': shutil.rmtree(folder); {rest}; sys.exit(3)")
+    first, second = run_local(plan)
+    assert re.match("its end cannot be written" if "text" in rest else "exit code 3", str(first.error))
+    assert second.job_id == "local-1"
+
+
+def test_an_interrupted_script_is_run_again(make_plan: MakePlan) -> None:
+    plan = make_plan(f"if folder.name == 'a': sys.exit({INTERRUPTED_EXIT_CODE})")
+    first, _ = run_local(plan)
+    assert (first.job_id, first.error) == (None, "interrupted; a rerun goes on where it was")
+    assert [record(job)["state"] for job in plan.jobs] == ["INTERRUPTED", "COMPLETED"]
+    folders = [job.folder for job in plan.jobs]
+    assert executors.settled_folders(folders) == {folders[1]}
 
 
 def test_a_script_may_write_any_file(make_plan: MakePlan) -> None:
@@ -222,7 +240,7 @@ def test_each_experiment_of_a_pack_has_an_end_of_its_own(make_packs: MakePlan) -
         interrupted,
     ]
     assert [outcome.job_id for outcome in outcomes] == ["local-0", None, None, None]
-    assert [record(job)["state"] for job in plan.jobs] == ["COMPLETED", "FAILED", "FAILED", "FAILED"]
+    assert [record(job)["state"] for job in plan.jobs] == ["COMPLETED", "FAILED", "INTERRUPTED", "INTERRUPTED"]
     folders = [job.folder for job in plan.jobs]
     assert executors.settled_folders(folders) == {folders[0]}
 
@@ -242,7 +260,7 @@ def test_a_pack_that_says_nothing_is_not_complete(make_packs: MakePlan, script: 
     (plan.tasks()[0].folder / "outcome.json").write_text(json.dumps(said))
     for outcome in run_local(plan):
         assert re.match(error, str(outcome.error))
-    assert [record(job)["state"] for job in plan.jobs] == ["FAILED", "FAILED"]
+    assert {record(job)["state"] for job in plan.jobs} == {"INTERRUPTED" if error == "interrupted" else "FAILED"}
 
 
 def test_what_was_complete_before_a_pack_died_stays_so(make_packs: MakePlan) -> None:
@@ -288,8 +306,10 @@ def test_packs_run_at_the_same_time_on_request(make_packs: MakePlan) -> None:
         "while len(list(folder.parent.glob('*/started'))) < 2: time.sleep(0.01)\n"
         "say({name: 'COMPLETED' for name in experiments})"
     )
-    plan = make_packs(together, "a b c d", pack_size=2, max_concurrent_jobs=2)
+    plan = make_packs(together, "a b c d", pack_size=2, max_concurrent_jobs=3)
     assert [outcome.error for outcome in run_local(plan)] == [None] * 4
+    # They share the free memory.
+    assert [record(job)["command"][-2:] for job in plan.jobs] == [["--packs-at-once", "2"]] * 4
 
 
 def test_output_of_an_earlier_run_is_kept(make_plan: MakePlan) -> None:

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import types
@@ -36,6 +37,7 @@ from trainers.config.results import GridSearchConfig, GridSearchResult
 from trainers.executors import Outcome, Plan
 from trainers.framework import ModelTrainingFramework
 from trainers.grid_folder import GridFolder
+from trainers.local_executor import LocalExecutor
 
 LOCAL, SLURM, DRY_RUN = ExecutionMode.LOCAL, ExecutionMode.SLURM, ExecutionMode.DRY_RUN
 # Fails for seed 2, unless it may succeed.
@@ -379,6 +381,48 @@ def test_rerun_of_what_failed(
     nothing = run(seeds(1, 2, 3), rerun_failed_only=True)
     assert (nothing.total_experiments, nothing.submitted_jobs, nothing.success_rate) == (0, [], 1.0)
     assert len([path for path in out.iterdir() if path.is_dir()]) == 3
+
+
+@pytest.mark.parametrize("strategy", [NamingStrategy.HASH_BASED, NamingStrategy.TIMESTAMP_BASED])
+def test_rerun_after_the_search_was_killed(
+    project: ModelTrainingFramework, strategy: NamingStrategy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_clock(monkeypatch, itertools.count(1))
+    out, left = project.project_root / "out", project.project_root / "left"
+
+    def run(folder: Path, **extra: Any) -> GridSearchResult:
+        return project.run_grid_search(
+            [seeds(1, 3)], base_config(), None, LOCAL, folder, naming_strategy=strategy, **extra
+        )
+
+    def killed(self: LocalExecutor, plan: Plan) -> Generator[Outcome]:
+        shutil.copytree(out, left)
+        yield from ()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalExecutor, "run", killed)
+        run(out)
+    names = {path.name for path in left.iterdir() if path.is_dir()}
+    assert json.loads((left / "execution_summary.json").read_text())["failures"].keys() == names
+    again = run(left, rerun_failed_only=True)
+    assert {config.experiment_name for config in again.generated_experiments} == names
+    assert len(again.submitted_jobs) == 2
+
+
+def test_rerun_without_a_summary(project: ModelTrainingFramework) -> None:
+    """Only names with a time need it."""
+    out = project.project_root / "out"
+    for strategy in (NamingStrategy.SEQUENTIAL, NamingStrategy.TIMESTAMP_BASED):
+        options: dict[str, Any] = {"naming_strategy": strategy, "output_dir": out / strategy.value}
+        project.run_grid_search([seeds(1, 2)], base_config(), execution_mode=LOCAL, **options)
+        (out / strategy.value / "execution_summary.json").unlink()
+        if strategy is NamingStrategy.TIMESTAMP_BASED:
+            with pytest.raises(ConfigurationError, match=r"there is no execution_summary\.json"):
+                project.run_grid_search([seeds(1)], base_config(), rerun_failed_only=True, **options)
+        else:
+            options["execution_mode"] = LOCAL
+            again = project.run_grid_search([seeds(1, 2)], base_config(), rerun_failed_only=True, **options)
+            assert [config.seed for config in again.generated_experiments] == [2]
 
 
 def test_rerun_under_other_names_is_refused(project: ModelTrainingFramework) -> None:

@@ -184,7 +184,7 @@ def test_outcomes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         path.write_text('{"a": {"state"')
         assert read_outcomes(tmp_path) == {}
-    assert "outcome.json is damaged" in caplog.text
+    assert "outcome.json cannot be read" in caplog.text
     forget_outcomes(tmp_path)
     assert not path.exists()
 

@@ -47,7 +47,9 @@ from trainers.config.schema import ExperimentConfig
 from trainers.generic import GenericTrainer
 from trainers.packed import __main__ as packed_main
 from trainers.packed import memory, run
+from trainers.packed.experiment_files import ExperimentFiles
 from trainers.packed.run import run_pack
+from trainers.requeueing import RequeueDecision
 from trainers.settings import GenericTrainerConfig
 
 COMPLETED, FAILED, INTERRUPTED = "COMPLETED", "FAILED", "INTERRUPTED"
@@ -436,6 +438,37 @@ def test_a_pack_too_large_for_memory_trains_in_turns(tmp_path: Path, monkeypatch
     assert_same_ends(tmp_path / "divided", tmp_path / "whole", names_of(configs), atol=1e-9, rtol=0.0)
 
 
+@pytest.mark.parametrize("resumes", [True, False])
+def test_where_memory_runs_out_half_of_the_experiments_are_tried(
+    resumes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    configs = odd("own generator", 5, preemption__auto_resume=resumes)
+    run_packs(tmp_path / "single", configs, 1, build=ODD)
+    fit, sizes = GenericTrainer.fit, []
+
+    def fit_few(self: GenericTrainer, model: Any, *others: Any) -> None:
+        sizes.append(model.num_models)
+        if model.num_models > 2:
+            next(iter(others[1]))  # where the order of the data has begun
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        fit(self, model, *others)
+
+    monkeypatch.setattr(GenericTrainer, "fit", fit_few)
+    assert set(states(run_packs(tmp_path / "halves", configs, build=ODD)).values()) == {COMPLETED}
+    assert sizes == [5, 2, 3, 1, 2]
+    assert "memory ran out with 5 experiments at once" in caplog.text
+    assert_same_ends(tmp_path / "halves", tmp_path / "single", names_of(configs))
+
+
+def test_one_experiment_too_large_for_memory_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(GenericTrainer, "fit", fail)
+    outcomes = run_packs(tmp_path, odd("own generator", 3), build=ODD)
+    assert {own["error"] for own in outcomes.values()} == {"training failed: MemoryError: "}
+
+
 def test_the_backend_is_chosen_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
@@ -604,6 +637,93 @@ def test_a_checkpoint_that_cannot_be_written_fails_its_experiment_only(tmp_path:
     outcomes = run_pack(folder)
     assert states(outcomes) == {"experiment0": FAILED, "experiment1": COMPLETED}
     assert outcomes["experiment0"]["error"].startswith("its checkpoint was not written: TrainerError: checkpoint_dir")
+
+
+@pytest.mark.parametrize("place", ["{out}/shared", "../shared", "{out}/shared/../{name}/own", "own/../own"])
+def test_a_folder_of_checkpoints_that_experiments_share_has_a_part_for_each(place: str, tmp_path: Path) -> None:
+    names = ["e0", "e1", "e2"]
+    configs = [
+        pack_config(
+            name, training__epochs=1, checkpoint__checkpoint_dir=place.format(out=tmp_path, name=name), seed=seed
+        )
+        for seed, name in enumerate(names)
+    ]
+    assert set(states(run_packs(tmp_path, configs)).values()) == {COMPLETED}
+    for name in names:
+        folder = tmp_path / "shared" / name if place.endswith("shared") else tmp_path / name / "own"
+        assert read_checkpoint(folder / "latest.ckpt")["experiment_name"] == name
+
+
+# When a signal comes: while an experiment is built (from 0), measured, trained behind the last boundary, or written.
+@pytest.mark.parametrize("when", ["build 0", "build 1", "measure", "end", "export"])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_while_nothing_trains(
+    number: signal.Signals, when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = various(4)
+    run_packs(tmp_path / "whole", configs)
+    out, asked = tmp_path / "out", []
+    places = {
+        "build 0": (run, "build_experiment"),
+        "build 1": (run, "build_experiment"),
+        "measure": (run, "models_that_fit"),
+        "end": (ExperimentFiles, "on_training_end"),
+        "export": (ExperimentFiles, "export"),
+    }
+    owner, name = places[when]
+    inner, calls = getattr(owner, name), [0]
+
+    def signalled(*arguments: Any) -> Any:
+        if calls[0] == int(when == "build 1"):
+            signal.raise_signal(number)
+        calls[0] += 1
+        return inner(*arguments)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, signalled)
+        # Two at a time.
+        patch.setattr(memory, "free_memory", lambda device: int(2.5 * needed / memory.SHARE))
+        patch.setattr(RequeueDecision, "carry_out", lambda self: asked.append(self._limit))
+        needed = memory.bytes_of(build_experiment(packs.build, configs[0]))
+        begun = count_begun(patch)
+        ended = states(run_packs(out, configs))
+    assert signal.getsignal(number) == before
+    is_half = when in ("end", "export")
+    assert list(ended.values()) == [COMPLETED if is_half else INTERRUPTED] * 2 + [INTERRUPTED] * 2
+    assert len(begun) == int(is_half)
+    assert asked == [configs[0].preemption.max_preemptions]
+    monkeypatch.setattr(memory, "free_memory", lambda device: int(2.5 * needed / memory.SHARE))
+    assert set(states(run_packs(out, configs)).values()) == {COMPLETED}
+    assert_same_ends(out, tmp_path / "whole", names_of(configs))
+
+
+def test_a_signal_after_everything_is_done_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export = ExperimentFiles.export
+
+    def signalled(self: ExperimentFiles, name: str, content: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        export(self, name, content)
+
+    monkeypatch.setattr(ExperimentFiles, "export", signalled)
+    monkeypatch.setattr(RequeueDecision, "carry_out", lambda self: pytest.fail("the job was requeued"))
+    assert set(states(run_packs(tmp_path, various(2))).values()) == {COMPLETED}
+
+
+def test_signals_that_are_not_asked_for_keep_their_effect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(run, "models_that_fit", lambda *arguments: seen.append(signal.getsignal(signal.SIGTERM)) or 9)
+    configs = various(2, preemption__signals=["SIGUSR2"], preemption__requeue_signals=["SIGUSR2"])
+    run_packs(tmp_path, configs)
+    assert seen == [signal.getsignal(signal.SIGTERM)]
+
+
+def test_one_reason_is_explained_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    outcomes = run_packs(tmp_path, [pack_config(f"bad{i}", custom_params__is_bad=True) for i in range(20)])
+    assert set(states(outcomes).values()) == {FAILED}
+    assert len(caplog.records) == 20
+    assert [bool(record.exc_info) for record in caplog.records] == [True] + [False] * 19
+    assert caplog.messages[7] == "bad7: it cannot be built: ValueError: no such data"
 
 
 def test_log_names_the_experiments(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +199,27 @@ def test_stopped_at_the_end_of_an_epoch(epoch: int, whole: dict[str, Any], tmp_p
     """After the last boundary of a rung: its trainer does not look again."""
     stopped = _again(tmp_path / "stopped", StopAt(epoch=epoch))
     assert stopped.trainer.preempted is (epoch < 3)
+    assert stopped.trainer.late_signals == ([] if epoch < 3 else [0])
     assert stopped.trainer.global_step == (epoch + 1) * BATCHES
+    assert_identical(ends(_again(tmp_path / "stopped")), whole)
+
+
+def test_stopped_by_a_signal_between_two_rungs(
+    whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = Rungs.begin
+
+    def signalled(self: Rungs, number: int, content: Any) -> Any:
+        if number == 1:
+            signal.raise_signal(signal.SIGUSR1)
+        return begin(self, number, content)
+
+    monkeypatch.setattr(Rungs, "begin", signalled)
+    before = signal.getsignal(signal.SIGUSR1)
+    stopped = _again(tmp_path / "stopped")
+    assert signal.getsignal(signal.SIGUSR1) == before
+    assert (stopped.trainer.preempted, stopped.trainer.global_step) == (True, BATCHES)
+    monkeypatch.undo()
     assert_identical(ends(_again(tmp_path / "stopped")), whole)
 
 

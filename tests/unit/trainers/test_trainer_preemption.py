@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from tests.training_runs import Recorder, assert_identical, final_state, make_loader, make_objects, run
+from trainers.callbacks import TrainingCallback
 from trainers.checkpoint_files import read_checkpoint
+from trainers.generic import GenericTrainer
 from trainers.preemption import is_at_its_time_limit, is_being_preempted
 from trainers.settings import GenericTrainerConfig
 from trainers.states import TrainerPhase
@@ -271,6 +273,56 @@ def test_a_signal_after_the_last_validation_batch_changes_nothing(tmp_path: Path
 
     trainer = run(tmp_path, trainer_class=AtTheEnd)
     assert (trainer.preempted, trainer.current_phase) == (False, TrainerPhase.TRAINING_COMPLETE)
+    assert (trainer.late_signals, trainer.exit_code) == ([0], 0)
+
+
+@pytest.mark.parametrize("at", ["on_epoch_end", "on_training_end", "complete"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_at_the_end_of_fit_is_passed_on(number: signal.Signals, at: str, tmp_path: Path) -> None:
+    """After the last boundary, or where a complete run is only loaded."""
+
+    class Late(TrainingCallback):
+        def on_epoch_end(self, trainer: Any, epoch: int, logs: dict[str, Any]) -> None:
+            if at == "on_epoch_end" and epoch == 1:
+                signal.raise_signal(number)
+
+        def on_training_end(self, trainer: Any, logs: dict[str, Any]) -> None:
+            if at == "on_training_end":
+                signal.raise_signal(number)
+
+        def load_state_dict(self, state: Any) -> None:
+            signal.raise_signal(number)
+
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+    def fit() -> GenericTrainer:
+        model, optimizer, _ = make_objects("single")
+        trainer.fit(model, optimizer, make_loader("list"))
+        return trainer
+
+    trainer = GenericTrainer(
+        GenericTrainerConfig(checkpoint_dir=str(tmp_path), max_epochs=2), loss_fn=nn.functional.mse_loss
+    )
+    trainer.add_callback(Late())
+    if at == "complete":
+        fit()
+        assert trainer.late_signals == []
+    if number == signal.SIGINT:
+        with pytest.raises(KeyboardInterrupt, match="came to its end"):
+            fit()
+    else:
+        assert fit().late_signals == [signal.SIGTERM]
+    assert (trainer.preempted, trainer.exit_code) == (False, 0)
+    assert read_checkpoint(tmp_path / "latest.ckpt")["resume_state"]["phase"] == "TRAINING_COMPLETE"
+    if at != "complete":
+        trainer.callbacks.clear()
+        assert fit().late_signals == []
+
+
+def test_the_exit_code_tells_an_interrupted_run_from_a_complete_one(tmp_path: Path) -> None:
+    assert run(tmp_path, trainer_class=Signalled, stop_at=1).exit_code == 75
+    assert run(tmp_path).exit_code == 0
 
 
 def test_what_slurm_says() -> None:
