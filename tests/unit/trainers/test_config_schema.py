@@ -287,7 +287,7 @@ def test_inherited_values(inheriting: str, source: str, value: Any, caplog: pyte
     assert create_experiment_config(to_dict(own)) == own
     assert not caplog.records
 
-    mine, other = (True, False) if isinstance(value, bool) else (value, 5)
+    mine, other = (True, False) if isinstance(value, bool) else (value, 3 * value or 3)
     both = create_experiment_config(with_value(with_value(MINIMAL, inheriting, mine), source, other))
     assert (value_at(both, inheriting), value_at(both, source)) == (mine, other)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
