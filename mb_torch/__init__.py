@@ -2,7 +2,7 @@
 
 from mb_torch.advice import Advice, Trial
 from mb_torch.amp import GradScaler
-from mb_torch.backend import available_backends, init_distributed, register_backend
+from mb_torch.backend import available_backends, init_distributed, process_rank, register_backend
 from mb_torch.batching import (
     AbstractBatchModule,
     BatchModule,
@@ -68,6 +68,7 @@ __all__ = [
     "init_distributed",
     "make_joint_step",
     "numerics",
+    "process_rank",
     "register_backend",
     "register_module",
 ]

@@ -34,6 +34,8 @@ _REGISTRY: dict[str, str] = {
 _EXTRAS = {"jax": "jax"}
 # Functions `(rank, size, address)` that connect processes; a backend without one runs in one process.
 _CONNECTORS = {"jax": "mb_jax.sharding:init_distributed"}
+# Of this process among those that were connected.
+_rank = 0
 
 
 @dataclass(frozen=True)
@@ -251,6 +253,21 @@ def init_distributed(
     if not 0 <= rank < size:
         raise InvalidInput("init_distributed", received=f"rank {rank} of {size}", expected="0 <= rank < size")
     _load(name, _CONNECTORS[name])(rank, size, _slurm_address() if address is None else address)
+    global _rank
+    _rank = rank
+
+
+def process_rank() -> int:
+    """Return the number of this process among those that `init_distributed` connected; 0 without it.
+
+    Returns:
+        The rank. Process 0 is the one to write files.
+
+    Example:
+        >>> process_rank()
+        0
+    """
+    return _rank
 
 
 def _from_slurm(argument: str, variable: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from trainers.preemption import agreed
+from trainers.ranks import agreed
 from trainers.requeueing import RequeueDecision
 from trainers.training import device_of
 
@@ -35,14 +35,16 @@ class Boundaries:
         self._last_save = time.monotonic()
 
     def leave_if_asked(self) -> None:
-        """Save and leave if a signal has come, on all ranks alike.
+        """Save and leave if a signal has come, on all ranks alike; ``stop_training`` of one rank stops all.
 
         Raises:
             Preempted: After a signal.
             KeyboardInterrupt: After Ctrl-C.
         """
-        flags = self.trainer.signal_flags
-        interrupted, requested = agreed([int(flags.interrupted), int(bool(flags.received))], self._device)
+        flags, stops = self.trainer.signal_flags, bool(self.trainer.stop_training)
+        asked = [int(flags.interrupted), int(bool(flags.received)), int(stops)]
+        interrupted, requested, stopped = agreed(asked, self._device)
+        self.trainer.stop_training = bool(stopped)
         if interrupted:
             self.trainer.save_checkpoint(emergency=True)
             raise KeyboardInterrupt("the run was saved and can be resumed")

@@ -7,6 +7,7 @@ configuration says is either used or refused: a setting that the named class doe
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from torch.optim import lr_scheduler
 from mb_torch import InvalidInput, ModelBatch, OptimizerFactory
 from trainers.config.errors import ConfigurationError, ValidationError, problem
 from trainers.config.schema import ExperimentConfig, OptimizerConfig, SchedulerConfig
+
+_LOGGER = logging.getLogger(__name__)
 
 _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -146,6 +149,8 @@ def make_schedulers(
     scheduler per model, without warm-up. ``custom_params`` are their options. The learning rate is the top of the
     cycles of ``cyclic`` and ``one_cycle``; ``gamma`` is the factor of ``reduce_on_plateau``.
 
+    A warm-up that is longer than a tenth of the run is logged as a warning.
+
     Args:
         optimizer: From `make_optimizer`, not stepped yet. Load a checkpoint afterwards, into both.
         configs: One per model.
@@ -185,6 +190,7 @@ def make_schedulers(
         return None, "epoch"
     if name in _FORMULAS:
         factors = [_factor(name, config, steps_per_epoch) for config in configs]
+        _warn_of_long_warmup(configs, steps_per_epoch)
         return lr_scheduler.LambdaLR(optimizer, factors), "step"
     if name in _TORCH_SCHEDULES:
         chosen = _TORCH_SCHEDULES[name]
@@ -361,6 +367,19 @@ def _run_length(config: ExperimentConfig, steps_per_epoch: int) -> int:
     """Optimizer steps after which the run ends."""
     steps = config.training.epochs * steps_per_epoch
     return steps if config.training.max_steps is None else min(steps, config.training.max_steps)
+
+
+def _warn_of_long_warmup(configs: Sequence[ExperimentConfig], steps_per_epoch: int) -> None:
+    """Say it once for all: a configuration alone does not tell how many steps an epoch has."""
+    texts = []
+    for config in configs:
+        warmup, steps = config.scheduler.warmup_steps if config.scheduler else 0, _run_length(config, steps_per_epoch)
+        if warmup > steps / 10:
+            expected = f"at most a tenth of the {steps} steps of the run, usually"
+            texts.append(f"{config.experiment_name}: {problem('scheduler.warmup_steps', warmup, expected)}")
+    if texts:
+        others = "" if len(texts) == 1 else f" (and {len(texts) - 1} more of these experiments)"
+        _LOGGER.warning("%s%s", texts[0], others)
 
 
 def _arguments(called: type, first: Sequence[str]) -> dict[str, bool]:

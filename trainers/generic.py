@@ -24,7 +24,8 @@ from trainers.loggers import make_loggers, messages_as_configured
 from trainers.loop import TrainingLoop
 from trainers.metrics import model_metrics_of
 from trainers.per_model import PerModel
-from trainers.preemption import SignalFlags, is_first_rank, wait_for_all_ranks
+from trainers.preemption import SignalFlags
+from trainers.ranks import is_first_rank, on_first_rank, tell_failure, wait_for_all_ranks, warn_of_unconnected_tasks
 from trainers.reproducibility import algorithms, seed_everything
 from trainers.saving import Saves
 from trainers.schedules import as_list
@@ -45,6 +46,9 @@ class GenericTrainer(TrainerHooks):
     ``<key>_model_<i>``.
 
     A run that is stopped anywhere and started again ends bit-identical, on a CPU, to one that was never stopped.
+
+    Under ``torch.distributed`` rank 0 writes, and the logs of an epoch are those of rank 0 on all ranks: schedules and
+    early stopping go by them. Where a save fails on one rank, or one asks to stop, all do.
 
     Args:
         config: Of the trainer. Default: all defaults.
@@ -114,6 +118,7 @@ class GenericTrainer(TrainerHooks):
             )
         super().__init__()
         self.config = GenericTrainerConfig() if config is None else config
+        self.config.check()
         self.model: Any = None
         self.optimizer: Any = None
         self.scheduler: Any = None
@@ -163,18 +168,19 @@ class GenericTrainer(TrainerHooks):
         Raises:
             NotImplementedError: Neither a step function nor ``loss_fn``.
             TrainerError: Training cannot go on, or cannot be resumed.
-            ConfigurationError: Settings do not fit the model or the scheduler.
+            ConfigurationError: Settings do not fit the model or the scheduler, or were changed to what is refused.
             KeyboardInterrupt: After Ctrl-C, once the run is saved.
         """
+        self.config.check()
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self._check_steps(val_loader is not None)
         self.stop_training = self.preempted = self.requeued = False
         self.late_signals = []
         self.signal_flags.clear()
         chosen = algorithms(deterministic=self.config.deterministic, benchmark=self.config.benchmark)
-        # From now on: what is to be resumed may take long to load.
-        self.signal_flags.install()
         try:
+            # From now on: what is to be resumed may take long to load.
+            self.signal_flags.install()
             with messages_as_configured(self.config.logging), chosen:
                 loop = self._make_loop(train_loader, val_loader)
                 content = self._content_to_resume()
@@ -261,6 +267,10 @@ class GenericTrainer(TrainerHooks):
                     timeout_error=preemption_timeout if emergency else checkpoint_timeout,
                     in_background=self.config.save_in_background and not is_last,
                 )
+        except Exception as error:
+            tell_failure(error)
+            raise
+        else:
             wait_for_all_ranks()
             self.set_phase(TrainerPhase.CHECKPOINT_SAVE_END)
         finally:
@@ -404,9 +414,10 @@ class GenericTrainer(TrainerHooks):
     def _content_to_resume(self) -> dict[str, Any] | None:
         """What `load_checkpoint` was given, else the newest checkpoint of the run, else None."""
         content, self._to_load = self._to_load, None
-        if is_first_rank():
-            self.store.open()
-        wait_for_all_ranks()
+        warn_of_unconnected_tasks(self.store.folder)
+        with on_first_rank() as is_first:
+            if is_first:
+                self.store.open()
         if not is_first_rank():
             self.store.look()
         if content is not None or not self.config.auto_resume or not self.store.files:

@@ -51,6 +51,13 @@ class ResumableLoader(Protocol):
     def __len__(self) -> int:
         """Return how many batches an epoch has; raises TypeError where that is unknown."""
 
+    def set_epoch(self, epoch: int) -> None:
+        """Tell samplers whose order depends on the epoch, as that of `DistributedSampler`, which one comes.
+
+        Args:
+            epoch: From 0; said before the epoch is started or resumed.
+        """
+
     def start(self) -> Iterator[Any]:
         """Begin an epoch."""
 
@@ -122,6 +129,9 @@ class _ListLoader:
     def __len__(self) -> int:
         return len(self._batches)
 
+    def set_epoch(self, epoch: int) -> None:
+        """A list has one order."""
+
     def start(self) -> Iterator[Any]:
         return iter(self._batches)
 
@@ -152,9 +162,14 @@ class _SkippingLoader:
         self._context = context
         self._generators = generators_of(loader)
         self._at_start = generator_states(self._generators)
+        self._samplers_by_epoch = _samplers_by_epoch(loader)
 
     def __len__(self) -> int:
         return len(self._loader)
+
+    def set_epoch(self, epoch: int) -> None:
+        for sampler in self._samplers_by_epoch:
+            sampler.set_epoch(epoch)
 
     def start(self) -> Iterator[Any]:
         self._at_start = generator_states(self._generators)
@@ -167,12 +182,14 @@ class _SkippingLoader:
     def state_dict(self) -> dict[str, Any]:
         return {
             "kind": "skipping",
+            "batches_of": _batches_of(self._loader),
             "generators": generator_states(self._generators),
             "generators_at_start": self._at_start,
         }
 
     def resume(self, state: Mapping[str, Any], start_rng: RNGState | None, batch_idx: int) -> Iterator[Any]:
         _check_kind(self._name, state, "skipping")
+        _check_batches(self._name, state, self._loader)
         set_generators(self._name, self._generators, state["generators_at_start"])
         if start_rng is not None:
             restore_rng_state(start_rng)
@@ -197,8 +214,10 @@ class _StatefulLoader:
 
     def __init__(self, loader: DataLoader[Any], stateful_class: Any, context: Any, name: str) -> None:
         self._name = name
+        self._given = loader
         self._generators = generators_of(loader)
         self._at_start = generator_states(self._generators)
+        self._samplers_by_epoch = _samplers_by_epoch(loader)
         self._num_workers = loader.num_workers
         self._dataset: Any = loader.dataset
         self._has_state = hasattr(loader.dataset, "state_dict") and hasattr(loader.dataset, "load_state_dict")
@@ -215,6 +234,10 @@ class _StatefulLoader:
     def __len__(self) -> int:
         return len(self._loader)
 
+    def set_epoch(self, epoch: int) -> None:
+        for sampler in self._samplers_by_epoch:
+            sampler.set_epoch(epoch)
+
     def start(self) -> Iterator[Any]:
         self._at_start = generator_states(self._generators)
         self._is_running = True
@@ -229,6 +252,7 @@ class _StatefulLoader:
         return {
             "kind": "stateful",
             "num_workers": self._num_workers,
+            "batches_of": _batches_of(self._given),
             # Asked before its first epoch, the loader would start one.
             "loader": self._loader.state_dict() if self._is_running else None,
             # In workers a data set's state begins anew with every epoch.
@@ -246,6 +270,7 @@ class _StatefulLoader:
                 expected=f"num_workers={state['num_workers']}, as in the run that is continued",
                 fix="Change the number of workers between epochs only.",
             )
+        _check_batches(self._name, state, self._given)
         set_generators(self._name, self._generators, state["generators_at_start"])
         if start_rng is not None:
             restore_rng_state(start_rng)
@@ -324,6 +349,48 @@ def _check_kind(name: str, state: Mapping[str, Any], kind: str) -> None:
             received=f"a loader of kind {kind!r}",
             expected=f"kind {state['kind']!r}, as in the run that is continued",
         )
+
+
+def _batches_of(loader: Any) -> dict[str, Any] | None:
+    """What decides which samples a batch has; None for a loader of which that is not known."""
+    if not isinstance(loader, DataLoader):
+        return None
+    # A batch sampler that was given says it in place of the loader.
+    source = loader.batch_sampler if loader.batch_size is None else loader
+    size, drops = getattr(source, "batch_size", None), getattr(source, "drop_last", None)
+    facts = {
+        "batch_size": size if isinstance(size, int) else None,
+        "drop_last": drops if isinstance(drops, bool) else None,
+        "samples": None,
+    }
+    # The length of a data set with a state may be part of that state.
+    if not hasattr(loader.dataset, "load_state_dict"):
+        with contextlib.suppress(TypeError, NotImplementedError):
+            facts["samples"] = len(loader.dataset)  # type: ignore[arg-type]
+    return facts
+
+
+def _check_batches(name: str, state: Mapping[str, Any], loader: Any) -> None:
+    """Refuse other batches in the middle of an epoch: some of its samples would be left out, or come again."""
+    now, before = _batches_of(loader), state.get("batches_of")
+    # Checkpoints of earlier versions do not say it.
+    if now is None or before is None:
+        return
+    changed = [key for key in before if before[key] != now[key]]
+    if changed:
+        raise TrainerError(
+            f"{name} at resume in the middle of an epoch",
+            received=", ".join(f"{key}={now[key]}" for key in changed),
+            expected=", ".join(f"{key}={before[key]}" for key in changed) + ", as in the run that is continued",
+            fix="Change the batches and the data set between epochs only.",
+        )
+
+
+def _samplers_by_epoch(loader: Any) -> list[Any]:
+    """The samplers of a loader that want to know the epoch, each once."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    samplers = [getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
+    return list({id(sampler): sampler for sampler in samplers if hasattr(sampler, "set_epoch")}.values())
 
 
 def _is_same_loader(name: str, state: Mapping[str, Any], kind: str, generators: Sequence[Generator]) -> bool:

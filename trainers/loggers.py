@@ -1,6 +1,8 @@
 """Where metrics go: CSV files, TensorBoard, Weights & Biases; and where the trainer's messages go.
 
-A resumed run continues its own files and runs: what was logged after the checkpoint it resumes from is taken back.
+A resumed run continues its own files and runs. What was logged after the checkpoint it resumes from is taken out of
+the CSV file and hidden in TensorBoard. Weights & Biases takes nothing back: it stays there, and wandb leaves out what
+is logged again for the same steps.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from trainers.loaders import ResumableLoader
 from trainers.loggers import MetricLogger
 from trainers.metrics import EarlyStopping, MetricSums
 from trainers.progress import Progress
+from trainers.ranks import gathered_from_ranks
 from trainers.results import Results
 from trainers.states import (
     ResumeState,
@@ -159,6 +160,10 @@ class TrainingLoop:
         trainer = self.trainer
         self._sums, self._batch_idx, self.train_is_over = MetricSums(self.training.num_models), 0, False
         trainer.set_phase(TrainerPhase.TRAIN_START_EPOCH)
+        # Before the hook, in which a program may tell its samplers something else.
+        for loader in (self.train_loader, self.val_loader):
+            if loader is not None:
+                loader.set_epoch(epoch)
         trainer.call_hooks("on_epoch_start", epoch)
         in_validation = resume is not None and resume[0].phase in _IN_VALIDATION
         if resume is not None and resume[0].train is not None:
@@ -266,7 +271,7 @@ class TrainingLoop:
                 try:
                     batch = next(batches)
                 except StopIteration:
-                    return
+                    break
                 trainer.set_phase(TrainerPhase.VAL_BATCH_FORWARD)
                 with self.training.precision():
                     logs = trainer.validation_step(batch, self._val_batch_idx)
@@ -279,14 +284,19 @@ class TrainingLoop:
                 if progress.is_shown:
                     progress.advance(self._val_sums.means())
                 self.boundaries.leave_if_asked()
+        if not self._val_batch_idx:
+            raise TrainerError("val_loader", received="no batch in a validation", expected="at least one, or None")
 
     def _finish_epoch(self, epoch: int, is_validated: bool) -> None:
         trainer, config = self.trainer, self.trainer.config
-        logs = self.results.of_epoch(self._sums, self._val_sums, has_all=is_validated or self.val_loader is None)
+        logs = self.results.of_epoch(self._sums, self._val_sums)
+        self.results.act_on(logs, has_all=is_validated or self.val_loader is None)
         trainer.set_phase(TrainerPhase.EPOCH_END)
         trainer.logs = logs
         trainer.call_hooks("on_epoch_end", epoch, logs)
         self.results.report(logs)
+        # A hook of one rank may have asked for the end.
+        trainer.stop_training = any(gathered_from_ranks(bool(trainer.stop_training)))
         is_last = epoch + 1 == config.max_epochs or self._is_over()
         # The save at the end says that the run is complete, and has the same name.
         if not is_last or not config.checkpoint.save_last:

@@ -11,9 +11,6 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
-import torch
-from torch import distributed
-
 _LOGGER = logging.getLogger(__name__)
 _SCONTROL_SECONDS = 30
 
@@ -102,17 +99,6 @@ def slurm_job_id() -> str | None:
     return os.environ.get("SLURM_JOB_ID") or None
 
 
-def is_first_rank() -> bool:
-    """Whether this process speaks for the job: rank 0, or the only one.
-
-    Returns:
-        Judged by ``torch.distributed`` where it runs, else by Slurm's environment.
-    """
-    if _is_distributed():
-        return distributed.get_rank() == 0
-    return os.environ.get("SLURM_PROCID", "0") == "0"
-
-
 def job_facts(job_id: str) -> dict[str, str]:
     """Ask ``scontrol show job -o`` once.
 
@@ -188,63 +174,3 @@ def _scontrol(*arguments: str) -> str | None:
         _LOGGER.error("%s: exit status %d: %s", " ".join(command), done.returncode, done.stderr.strip())
         return None
     return done.stdout
-
-
-def rank() -> int:
-    """Return the number of this process under ``torch.distributed``; 0 without it.
-
-    Returns:
-        The rank.
-
-    Example:
-        >>> rank()
-        0
-    """
-    return distributed.get_rank() if _is_distributed() else 0
-
-
-def agreed(values: Sequence[int], device: torch.device) -> list[int]:
-    """Return the largest of every value over all processes, so that they act alike.
-
-    Args:
-        values: Of this process.
-        device: Of the model; where the processes can exchange tensors.
-
-    Returns:
-        The values themselves without ``torch.distributed``.
-
-    Example:
-        >>> agreed([0, 3], torch.device("cpu"))
-        [0, 3]
-    """
-    if not _is_distributed():
-        return list(values)
-    tensor = torch.tensor(values, device=device)
-    distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX)
-    return [int(value) for value in tensor.tolist()]
-
-
-def gathered_from_ranks(value: Any) -> list[Any]:
-    """Return every process's value, by rank.
-
-    Args:
-        value: Of this process.
-
-    Returns:
-        A list; of one value without ``torch.distributed``.
-    """
-    if not _is_distributed():
-        return [value]
-    values: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(values, value)
-    return values
-
-
-def wait_for_all_ranks() -> None:
-    """Return once every process is here."""
-    if _is_distributed():
-        distributed.barrier()
-
-
-def _is_distributed() -> bool:
-    return distributed.is_available() and distributed.is_initialized()

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from trainers.preemption import (
     is_at_its_time_limit,
     is_being_preempted,
-    is_first_rank,
     job_facts,
     requeue,
     slurm_job_id,
 )
+from trainers.ranks import is_first_of_job
 from trainers.settings import GenericTrainerConfig
 
 _LOGGER = logging.getLogger(__name__)
@@ -29,8 +29,8 @@ class RequeueDecision:
         has_advanced: Whether this process has made an optimizer step.
 
     Attributes:
-        counts: 1 on the first rank if the requeue counts against ``max_preemptions``, else 0. One at the time limit
-            does not where the run has advanced: such a run comes to its end.
+        counts: 1 in the job's first process if the requeue counts against ``max_preemptions``, else 0. One at the time
+            limit does not where the run has advanced: such a run comes to its end.
         leaves_run: Whether the run is to be left.
 
     Example:
@@ -40,21 +40,21 @@ class RequeueDecision:
 
     def __init__(self, config: GenericTrainerConfig, signals: Sequence[int], count: int, has_advanced: bool) -> None:
         self._job_id = slurm_job_id() if config.requeue_job else None
-        requeue_numbers = {0, *(signal.Signals[name] for name in config.requeue_signals)}
+        requeue_numbers = {0, *config.requeue_numbers()}
         self._is_certain = any(number in requeue_numbers for number in signals)
         # Its meaning is known from Slurm only, which is asked after the save: little time is left.
         self._may_be_cancelled = not self._is_certain and signal.SIGTERM in signals
         self._is_wanted = self._job_id is not None and (self._is_certain or self._may_be_cancelled)
         self._is_used_up = self._is_wanted and count >= config.max_preemptions
         self.leaves_run = not self._is_used_up or config.preemption.exit_on_max_preemptions
-        self.counts = int(self._is_wanted and not self._is_used_up and is_first_rank())
+        self.counts = int(self._is_wanted and not self._is_used_up and is_first_of_job())
         self._limit = config.max_preemptions
         if self.counts and self._is_certain and has_advanced:
             assert self._job_id is not None
             self.counts = int(not is_at_its_time_limit(job_facts(self._job_id)))
 
     def carry_out(self) -> bool:
-        """Requeue the job if that was decided; once, by the first rank.
+        """Requeue the job if that was decided; once, by the job's first process.
 
         Returns:
             Whether Slurm accepted.
@@ -64,7 +64,7 @@ class RequeueDecision:
                 "the run was requeued %d times, which is max_preemptions: it was saved and is not requeued", self._limit
             )
             return False
-        if not self._is_wanted or not is_first_rank():
+        if not self._is_wanted or not is_first_of_job():
             return False
         assert self._job_id is not None
         if self._may_be_cancelled and not is_being_preempted(job_facts(self._job_id)):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from trainers.metrics import MetricSums, divergence, epoch_logs, required
+from trainers.ranks import of_first_rank
 from trainers.schedules import step_schedulers
 from trainers.states import TrainerPhase
 
@@ -32,25 +33,35 @@ class Results:
         self._loop = loop
         self._steps_in_this_process = 0
 
-    def of_epoch(self, train: MetricSums, validation: MetricSums, *, has_all: bool) -> dict[str, Any]:
-        """Join an epoch's metrics; step schedulers and stop models by them.
+    def of_epoch(self, train: MetricSums, validation: MetricSums) -> dict[str, Any]:
+        """Join an epoch's metrics; those of single models become the trainer's ``model_metrics``.
 
         Args:
             train: Of the training batches.
             validation: Of the validation batches; empty without validation.
-            has_all: Whether metrics of the validation can be expected, if there ever is one.
 
         Returns:
-            The epoch's logs.
+            The epoch's logs: those of the first rank on all ranks, so that whatever is decided by them is decided
+            alike, before and after a resume.
+        """
+        logs = epoch_logs(train.means(), validation.means())
+        model_metrics = epoch_logs(train.model_means(), validation.model_means())
+        logs, self.trainer.model_metrics = of_first_rank((logs, model_metrics))
+        for key, values in self.trainer.model_metrics.items():
+            logs.update({f"{key}_model_{model}": value for model, value in enumerate(values)})
+        return logs
+
+    def act_on(self, logs: dict[str, Any], *, has_all: bool) -> None:
+        """Step schedulers and stop models by an epoch's logs.
+
+        Args:
+            logs: From `of_epoch`.
+            has_all: Whether metrics of the validation can be expected, if there ever is one.
 
         Raises:
             TrainerError: A setting names a metric that is not there.
         """
         trainer, config = self.trainer, self.trainer.config
-        logs = epoch_logs(train.means(), validation.means())
-        trainer.model_metrics = epoch_logs(train.model_means(), validation.model_means())
-        for key, values in trainer.model_metrics.items():
-            logs.update({f"{key}_model_{model}": value for model, value in enumerate(values)})
         if config.scheduler_interval == "epoch" and self._loop.schedulers:
             trainer.set_phase(TrainerPhase.SCHEDULER_EPOCH_STEP)
             self._step_schedulers(logs if has_all else None)
@@ -58,7 +69,6 @@ class Results:
             self._stop_early(logs)
         if config.monitor is not None and has_all:
             required(logs, config.monitor, "checkpoint.monitor")
-        return logs
 
     def count_step(self) -> None:
         """Step the schedulers after an optimizer step, if they are stepped then."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import difflib
+import numbers
 import signal
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 from trainers.config.errors import ConfigurationError, ValidationError, problem
 from trainers.config.schema import CheckpointConfig, LoggingConfig, PerformanceConfig, PreemptionConfig
+from trainers.config.validation import NEVER_HANDLED
 
 if TYPE_CHECKING:
     from trainers.config.schema import ExperimentConfig
@@ -123,6 +126,7 @@ class GenericTrainerConfig:
     Raises:
         ConfigurationError: A field and its group contradict each other.
         ValidationError: Values out of range, all of them named; it is also a ``ValueError``.
+        AttributeError: Later something is set that is no field.
 
     Example:
         >>> GenericTrainerConfig(save_top_k=2).checkpoint.save_top_k
@@ -188,6 +192,23 @@ class GenericTrainerConfig:
             requeued = [number for number in requeued if number in handled]
         self.preemption.requeue_signals = [number.name for number in requeued]
         self._complete = True
+        self.check()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        known = {entry.name for entry in fields(self)}
+        # A subclass may have class attributes of its own.
+        if name not in known and not name.startswith("_") and not hasattr(type(self), name):
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            meant = f" Did you mean {close[0]!r}?" if close else ""
+            raise AttributeError(f"{type(self).__name__} has no field {name!r}.{meant}")
+        super().__setattr__(name, value)
+
+    def check(self) -> None:
+        """Refuse values out of range; `GenericTrainer` does so again, because fields may have been set since.
+
+        Raises:
+            ValidationError: All that is wrong, by name.
+        """
         problems = self._problems()
         if problems:
             raise ValidationError(problems, "GenericTrainerConfig")
@@ -231,7 +252,11 @@ class GenericTrainerConfig:
 
     def signal_numbers(self) -> list[signal.Signals]:
         """Return the signals that make the trainer save and stop."""
-        return [signal.Signals[name] for name in self.preemption.signals]
+        return _as_signals("signals", self.preemption.signals)
+
+    def requeue_numbers(self) -> list[signal.Signals]:
+        """Return those of the signals after which Slurm is asked to start the job again."""
+        return _as_signals("requeue_signals", self.preemption.requeue_signals)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the groups and the fields that belong to none, as plain dicts.
@@ -248,26 +273,28 @@ class GenericTrainerConfig:
 
     def _problems(self) -> list[str]:
         problems = []
-        positive = (
+        counts = (
             "max_epochs max_steps validate_every_n_epochs early_stopping_patience save_every_n_epochs "
-            "save_every_n_steps save_every_n_minutes preemption_timeout gradient_accumulation_steps max_grad_norm "
-            "log_every_n_steps"
+            "save_every_n_steps gradient_accumulation_steps log_every_n_steps"
         )
-        optional = {"max_epochs", "validate_every_n_epochs", "gradient_accumulation_steps", "log_every_n_steps"}
-        for name in positive.split():
+        needed = {"max_epochs", "validate_every_n_epochs", "gradient_accumulation_steps", "log_every_n_steps"}
+        for name in counts.split():
             value = getattr(self, name)
-            if value is None and name not in optional:
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-                problems.append(problem(name, value, "more than 0"))
-        if not self.checkpoint.timeout_seconds > 0:
-            problems.append(problem("checkpoint.timeout_seconds", self.checkpoint.timeout_seconds, "more than 0"))
+            if (value is not None or name in needed) and not (_is_whole(value) and value > 0):
+                problems.append(problem(name, value, "a whole number, more than 0"))
+        for name in ("save_every_n_minutes", "max_grad_norm", "preemption_timeout"):
+            value = getattr(self, name)
+            if (value is not None or name == "preemption_timeout") and not (_is_number(value) and value > 0):
+                problems.append(problem(name, value, "a number, more than 0"))
+        seconds = self.checkpoint.timeout_seconds
+        if not (_is_number(seconds) and seconds > 0):
+            problems.append(problem("checkpoint.timeout_seconds", seconds, "a number, more than 0"))
         if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 2**32):
             problems.append(problem("seed", self.seed, "a whole number from 0 to 2^32 - 1, or None"))
-        if self.max_preemptions < 0:
-            problems.append(problem("max_preemptions", self.max_preemptions, "0 or more"))
-        if self.save_top_k < 1 and self.save_top_k != -1:
-            problems.append(problem("save_top_k", self.save_top_k, "1 or more, or -1 to keep all"))
+        if not (_is_whole(self.max_preemptions) and self.max_preemptions >= 0):
+            problems.append(problem("max_preemptions", self.max_preemptions, "a whole number, 0 or more"))
+        if not (_is_whole(self.save_top_k) and (self.save_top_k >= 1 or self.save_top_k == -1)):
+            problems.append(problem("save_top_k", self.save_top_k, "a whole number, 1 or more, or -1 to keep all"))
         for name, legal in (
             ("mode", ("min", "max")),
             ("early_stopping_mode", ("min", "max")),
@@ -277,7 +304,8 @@ class GenericTrainerConfig:
         ):
             if getattr(self, name) not in legal:
                 problems.append(problem(name, getattr(self, name), " or ".join(map(repr, legal))))
-        strangers = [name for name in self.requeue_signals if name not in self.signals]
+        handled = self.signal_numbers()
+        strangers = [number.name for number in self.requeue_numbers() if number not in handled]
         if strangers:
             problems.append(problem("requeue_signals", strangers, f"some of signals = {self.signals}"))
         return problems
@@ -289,8 +317,20 @@ def _as_signals(name: str, values: Any) -> list[signal.Signals]:
     for value in values if isinstance(values, (list, tuple)) else [values]:
         try:
             found.append(signal.Signals[value] if isinstance(value, str) else signal.Signals(value))
+            if found[-1].name in NEVER_HANDLED:
+                raise ValueError(f"no process can handle {found[-1].name}")
         except (KeyError, ValueError) as error:
             raise ValidationError(
-                problem(name, value, "a signal of this platform, such as 'SIGUSR1'"), "GenericTrainerConfig"
+                problem(name, value, "a signal that a process can handle here, such as 'SIGUSR1'"),
+                "GenericTrainerConfig",
             ) from error
     return found
+
+
+def _is_whole(value: Any) -> bool:
+    # NumPy's integers are such numbers as well.
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

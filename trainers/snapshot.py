@@ -12,7 +12,7 @@ import torch
 from trainers.checkpoint_files import FORMAT_VERSION, to_plain, with_types_of
 from trainers.errors import TrainerError
 from trainers.metrics import model_metrics_of
-from trainers.preemption import gathered_from_ranks, rank
+from trainers.ranks import gathered_from_ranks, rank
 from trainers.settings import GenericTrainerConfig
 from trainers.states import ResumeState, RNGState, TrainerPhase, rng_to_dict
 

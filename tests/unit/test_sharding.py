@@ -88,6 +88,7 @@ def connections(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, str]]:
         monkeypatch.delenv(name)
     calls: list[tuple[int, int, str]] = []
     monkeypatch.setattr("mb_jax.sharding.init_distributed", lambda *given: calls.append(given))
+    monkeypatch.setattr("mb_torch.backend._rank", 0)
     return calls
 
 

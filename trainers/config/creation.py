@@ -98,7 +98,7 @@ def examine(config: Mapping[str, Any]) -> Examined:
     content, problems = typed_content(plain(config))
     built: ExperimentConfig = _built(ExperimentConfig, content, "", problems)
     found = check_values(built)
-    warnings = [*inheritance_warnings(content), *found.warnings, *interpolation_warnings(content)]
+    warnings = [*inheritance_warnings(content, ExperimentConfig), *found.warnings, *interpolation_warnings(content)]
     return Examined(content, built, problems + found.problems, warnings)
 
 

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from trainers.config.fields import fields_of
+
 # Inheriting field to its source; no source inherits itself.
 INHERITED: dict[str, str] = {
     "data.batch_size": "training.batch_size",
@@ -44,23 +46,28 @@ def inherited_keys(config: Any) -> set[str]:
     return {key for key, source in INHERITED.items() if _value(config, key) == _value(config, source)}
 
 
-def inheritance_warnings(content: Mapping[str, Any]) -> list[str]:
+def inheritance_warnings(content: Mapping[str, Any], schema: type) -> list[str]:
     """Return a text for each inheriting field that is set and differs from its source, which is set as well.
+
+    A source that has its default does not count as set: a file that was saved names every field, so that it cannot be
+    told whether somebody chose that value.
 
     Args:
         content: A configuration under canonical names.
+        schema: The class of whole configurations.
 
     Returns:
         One text a field, each beginning with the dotted key.
 
     Example:
-        >>> inheritance_warnings({"data": {"batch_size": 8}, "training": {"batch_size": 16}})
+        >>> from trainers.config.schema import ExperimentConfig
+        >>> inheritance_warnings({"data": {"batch_size": 8}, "training": {"batch_size": 16}}, ExperimentConfig)
         ['data.batch_size: 8 differs from training.batch_size = 16 and wins; set one of them']
     """
     texts = []
     for inheriting, source in INHERITED.items():
         own, other = _entry(content, inheriting), _entry(content, source)
-        if own is not None and other is not None and own != other:
+        if own is not None and other not in (None, own, _default(schema, source)):
             texts.append(f"{inheriting}: {own!r} differs from {source} = {other!r} and wins; set one of them")
     return texts
 
@@ -68,6 +75,11 @@ def inheritance_warnings(content: Mapping[str, Any]) -> list[str]:
 def _value(config: Any, key: str) -> Any:
     section, name = key.split(".")
     return getattr(getattr(config, section), name)
+
+
+def _default(schema: type, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(fields_of(schema)[section].item, name)
 
 
 def _entry(content: Mapping[str, Any], key: str) -> Any:

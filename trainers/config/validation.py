@@ -44,7 +44,7 @@ _SCHEDULERS = (
 )
 _PRECISIONS = ("16-mixed", "bf16-mixed")
 # Signals that no process can handle.
-_NEVER_HANDLED = ("SIGKILL", "SIGSTOP")
+NEVER_HANDLED = ("SIGKILL", "SIGSTOP")
 
 
 class Findings(NamedTuple):
@@ -197,7 +197,7 @@ def _slurm_problems(slurm: SLURMConfig) -> Iterator[str]:
 
 
 def _signal_problems(config: ExperimentConfig) -> Iterator[str]:
-    known = signal.Signals.__members__.keys() - set(_NEVER_HANDLED)
+    known = signal.Signals.__members__.keys() - set(NEVER_HANDLED)
     for key in ("preemption.signals", "preemption.requeue_signals"):
         for name in _value(config, key):
             if name not in known:

@@ -17,7 +17,7 @@ from trainers.errors import MissingCheckpointError, TrainerError
 from trainers.generic import GenericTrainer
 from trainers.population.halving import Halving
 from trainers.population.history import History
-from trainers.preemption import is_first_rank, wait_for_all_ranks
+from trainers.ranks import on_first_rank
 from trainers.settings import GenericTrainerConfig
 from trainers.slices import select_models
 
@@ -110,16 +110,16 @@ class Rungs:
         """
         store = self._store(number)
         seconds = self._config.checkpoint.timeout_seconds
-        if is_first_rank():
-            store.open()
-            store.save(
-                store.name_for(content["epoch"], content["global_step"], content["metrics"]),
-                content,
-                is_ranked=True,
-                deadline=time.monotonic() + seconds,
-                timeout_error=lambda: checkpoint_timeout(seconds),
-            )
-        wait_for_all_ranks()
+        with on_first_rank() as is_first:
+            if is_first:
+                store.open()
+                store.save(
+                    store.name_for(content["epoch"], content["global_step"], content["metrics"]),
+                    content,
+                    is_ranked=True,
+                    deadline=time.monotonic() + seconds,
+                    timeout_error=lambda: checkpoint_timeout(seconds),
+                )
         store.look()
         return store.newest()
 

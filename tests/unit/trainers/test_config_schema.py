@@ -283,10 +283,15 @@ def test_inherited_values(inheriting: str, source: str, value: Any, caplog: pyte
     assert (value_at(own, inheriting), value_at(own, source)) == (value, default)
     assert not caplog.records
 
-    both = create_experiment_config(with_value(with_value(MINIMAL, inheriting, value), source, default))
-    assert (value_at(both, inheriting), value_at(both, source)) == (value, default)
+    # A file that was saved has the default of every source.
+    assert create_experiment_config(to_dict(own)) == own
+    assert not caplog.records
+
+    mine, other = (True, False) if isinstance(value, bool) else (value, 3 * value or 3)
+    both = create_experiment_config(with_value(with_value(MINIMAL, inheriting, mine), source, other))
+    assert (value_at(both, inheriting), value_at(both, source)) == (mine, other)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert f"{inheriting}: {value!r} differs from {source} = {default!r} and wins" in caplog.text
+    assert f"{inheriting}: {mine!r} differs from {source} = {value_at(both, source)!r} and wins" in caplog.text
 
     # What was written down stays inherited, so that a grid over the source changes both.
     again = create_experiment_config(with_value(to_dict(create_experiment_config(MINIMAL)), source, value))

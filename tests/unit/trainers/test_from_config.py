@@ -331,6 +331,19 @@ def test_a_plateau_lowers_the_rate_of_its_model_only() -> None:
     assert [one.min_lrs for one in scheduler] == [[1e-6]] * 3
 
 
+def test_one_warning_of_long_warm_ups(caplog: pytest.LogCaptureFixture) -> None:
+    configs = experiments({}, {"warmup_steps": (2, 1000, 3)})
+    make_schedulers(make_optimizer(ModelBatch(models()), configs), configs, PER_EPOCH)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage() == (
+        "e1: scheduler.warmup_steps: received 1000; expected at most a tenth of the 20 steps of the run, usually "
+        "(and 1 more of these experiments)"
+    )
+    make_schedulers(make_optimizer(ModelBatch(models()), configs), configs, 10 * 1000)
+    assert len(caplog.records) == 1
+
+
 @pytest.mark.parametrize(
     ("training", "checkpoint", "mode"),
     [({}, {}, "min"), ({"early_stopping_mode": "max"}, {}, "max"), ({}, {"monitor": "accuracy", "mode": "max"}, "max")],

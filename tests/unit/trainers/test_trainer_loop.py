@@ -465,6 +465,8 @@ def test_bad_arguments(tmp_path: Path) -> None:
         _fit(tmp_path, model, optimizer, loss_fn=None, val=make_loader("list"), trainer_class=half)
     with pytest.raises(TrainerError, match="no batch"):
         _fit(tmp_path, model, optimizer, train=[])
+    with pytest.raises(TrainerError, match="val_loader: received no batch in a validation"):
+        _fit(tmp_path / "val", model, optimizer, val=[])
     with pytest.raises(TrainerError, match=r"pair \(inputs, targets\)"):
         _fit(tmp_path, model, optimizer, train=[torch.ones(2, 3)])
     with pytest.raises(TrainerError, match="without step"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import os
 import signal
 import threading
@@ -13,8 +15,10 @@ import torch
 from torch import nn
 
 from tests.training_runs import Recorder, assert_identical, final_state, make_loader, make_objects, run
+from trainers import ranks
 from trainers.callbacks import TrainingCallback
 from trainers.checkpoint_files import read_checkpoint
+from trainers.errors import TrainerError
 from trainers.generic import GenericTrainer
 from trainers.preemption import is_at_its_time_limit, is_being_preempted
 from trainers.settings import GenericTrainerConfig
@@ -379,4 +383,100 @@ def _rank(rank: int, folder: str) -> None:
     notes: dict[str, Any] = {}
     assert train("stopped", 2, notes).preempted
     note("resumed", train("stopped", None, notes))
+    distributed.destroy_process_group()
+
+
+def test_unconnected_tasks_are_runs_of_their_own(
+    slurm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    folder = tmp_path / "run"
+    trainer = run(folder, trainer_class=Signalled, stop_at=1)
+    assert trainer.preempted
+    assert trainer.save_checkpoint().is_file()
+    assert "this is task 1 of a Slurm job, and its processes are not connected: it trains and saves" in caplog.text
+    # The job is requeued as a whole, by its first task.
+    assert slurm.requeues == []
+    caplog.clear()
+    monkeypatch.setattr("mb_torch.backend._rank", 1)
+    run(tmp_path / "connected", max_epochs=1)
+    assert list((tmp_path / "connected").glob("*.ckpt")) == []
+    assert "not connected" not in caplog.text
+
+
+def test_ranks_decide_and_fail_together(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_deciding_rank, (str(tmp_path),), nprocs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first["epochs"] == second["epochs"] == {"patience": 1, "plateau": 2, "hook": 1, "step": 0}
+    assert first["rates"] == second["rates"] == [0.1, 0.1, 0.05]
+    assert first["error"] == "TrainerError: disk full"
+    assert second["error"].startswith("OtherRankFailed: rank 0 failed, so this one stops as well")
+    assert first["error"] in second["error"]
+
+
+class Deciding(GenericTrainer):
+    """On the first rank the losses of validations rise, on the second they fall; the second may ask to stop."""
+
+    asked_at: tuple[int, int] | None = None
+    rates: list[float]
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        return {"loss": 10.0 + (self.current_epoch if ranks.rank() == 0 else -self.current_epoch)}
+
+    def on_batch_end(self, batch_idx: int, logs: dict[str, Any]) -> None:
+        self._ask((self.current_epoch, batch_idx))
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any]) -> None:
+        self.rates.append(self.optimizer.param_groups[0]["lr"])
+        self._ask((epoch, -1))
+
+    def _ask(self, place: tuple[int, int]) -> None:
+        if ranks.rank() == 1 and place == self.asked_at:
+            self.stop_training = True
+
+
+def _deciding_rank(number: int, folder: str) -> None:
+    """One of two processes."""
+    from torch import distributed
+
+    torch.set_num_threads(1)
+    place = f"file://{folder}/rendezvous"
+    timeout = datetime.timedelta(seconds=30)
+    distributed.init_process_group("gloo", rank=number, world_size=2, init_method=place, timeout=timeout)
+
+    def trainer(name: str, **settings: Any) -> Deciding:
+        made = Deciding(
+            GenericTrainerConfig(checkpoint_dir=f"{folder}/{name}", max_epochs=3, **settings),
+            loss_fn=nn.functional.mse_loss,
+        )
+        made.rates = []
+        return made
+
+    def fit(made: Deciding) -> int:
+        model = nn.Linear(3, 1)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=1)
+        loader = make_loader("list")
+        made.fit(model, optimizer, loader, loader[:1], scheduler)
+        return made.current_epoch
+
+    by_hook, by_step, plateau = trainer("hook"), trainer("step"), trainer("plateau")
+    by_hook.asked_at, by_step.asked_at = (1, -1), (0, 1)
+    epochs = {
+        "patience": fit(trainer("patience", early_stopping_patience=1)),
+        "plateau": fit(plateau),
+        "hook": fit(by_hook),
+        "step": fit(by_step),
+    }
+    failing = trainer("save")
+    if number == 0:
+
+        def fail(*given: Any, **named: Any) -> None:
+            raise TrainerError("disk full")
+
+        failing.store.save = fail  # type: ignore[method-assign]
+    with pytest.raises(TrainerError) as caught:
+        fit(failing)
+    error = f"{type(caught.value).__name__}: {caught.value}"
+    Path(folder, f"{number}.json").write_text(json.dumps({"epochs": epochs, "rates": plateau.rates, "error": error}))
     distributed.destroy_process_group()

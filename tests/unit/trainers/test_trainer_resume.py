@@ -11,9 +11,22 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, DistributedSampler
 
 from mb_torch import MissingPackage
-from tests.training_runs import EPOCHS, LOADERS, Recorder, assert_identical, final_state, make_loader, make_objects, run
+from tests.training_runs import (
+    EPOCHS,
+    LOADERS,
+    ROWS,
+    OwnLoader,
+    Recorder,
+    Rows,
+    assert_identical,
+    final_state,
+    make_loader,
+    make_objects,
+    run,
+)
 from trainers.errors import MissingCheckpointError, TrainerError
 from trainers.generic import GenericTrainer
 from trainers.loaders import make_resumable
@@ -235,6 +248,69 @@ def test_another_number_of_workers_is_refused_within_an_epoch(tmp_path: Path) ->
         run(tmp_path / "inside", workers=2)
     run(tmp_path / "between", max_epochs=1)
     assert run(tmp_path / "between", max_epochs=2, workers=2).global_step == 8
+
+
+@pytest.mark.parametrize(
+    ("loader_class", "changed", "message"),
+    [
+        (DataLoader, {"batch_size": 8}, "received batch_size=8; expected batch_size=4, as in the run"),
+        (OwnLoader, {"batch_size": 8}, "received batch_size=8; expected batch_size=4, as in the run"),
+        (DataLoader, {"drop_last": True}, "received drop_last=True; expected drop_last=False"),
+        (DataLoader, {"dataset": Rows(28)}, "received samples=28; expected samples=14"),
+        (DataLoader, {"dataset": Rows(28), "batch_size": 7}, "batch_size=7, samples=28"),
+    ],
+)
+def test_other_batches_are_refused_within_an_epoch(
+    loader_class: type[DataLoader], changed: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    def fit(folder: Path, epochs: int, stop_at: int | None, **options: Any) -> Recorder:
+        model, optimizer, _ = make_objects("single")
+        config = GenericTrainerConfig(checkpoint_dir=str(folder), max_epochs=epochs)
+        trainer = Recorder(config, {}, stop_at)
+        trainer.fit(model, optimizer, loader_class(**{"dataset": Rows(), "batch_size": 4, "shuffle": True, **options}))
+        return trainer
+
+    fit(tmp_path / "inside", 2, 1)
+    with pytest.raises(TrainerError, match=message):
+        fit(tmp_path / "inside", 2, None, **changed)
+    fit(tmp_path / "between", 1, None)
+    assert fit(tmp_path / "between", 2, None, **changed).current_epoch == 1
+
+
+def test_checkpoints_that_do_not_say_what_batches_were_of() -> None:
+    def resumable() -> Any:
+        return make_resumable(DataLoader(Rows(), 4), "train_loader")
+
+    before = resumable()
+    batches = before.start()
+    next(batches)
+    state = before.state_dict()
+    del state["batches_of"]
+    assert len(list(resumable().resume(state, None, 1))) == 3
+
+
+@pytest.mark.parametrize("loader_class", [DataLoader, OwnLoader])
+def test_samplers_are_told_the_epoch(loader_class: type[DataLoader], tmp_path: Path) -> None:
+    class Drawn(Recorder):
+        def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+            self.notes.setdefault("drawn", []).extend(batch.tolist())
+            return {"loss": (self.model.weight**2).mean()}
+
+    def fit(folder: Path, stop_at: int | None, notes: dict[str, Any]) -> list[int]:
+        model = torch.nn.Linear(1, 1)
+        sampler = DistributedSampler(range(ROWS), num_replicas=1, rank=0, seed=3)
+        trainer = Drawn(GenericTrainerConfig(checkpoint_dir=str(folder), max_epochs=3), notes, stop_at)
+        trainer.fit(model, torch.optim.SGD(model.parameters()), loader_class(range(ROWS), 4, sampler=sampler))
+        return notes["drawn"]
+
+    whole = fit(tmp_path / "whole", None, {})
+    epochs = {tuple(whole[start : start + ROWS]) for start in range(0, 3 * ROWS, ROWS)}
+    assert len(epochs) == 3
+    assert {tuple(sorted(epoch)) for epoch in epochs} == {tuple(range(ROWS))}
+    for stop_at in (1, 3, 5, 9):
+        notes: dict[str, Any] = {}
+        fit(tmp_path / str(stop_at), stop_at, notes)
+        assert fit(tmp_path / str(stop_at), None, notes) == whole
 
 
 def test_one_shot_iterator_is_refused(tmp_path: Path) -> None:

@@ -6,9 +6,13 @@ import copy
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from trainers.config.errors import ConfigurationError, ValidationError
 from trainers.config.schema import (
@@ -22,6 +26,7 @@ from trainers.config.schema import (
     PreemptionConfig,
     TrainingConfig,
 )
+from trainers.generic import GenericTrainer
 from trainers.settings import GenericTrainerConfig
 
 # Flat name, group, its class, name there, a flat value that is no default, the group's value for it.
@@ -96,7 +101,12 @@ def test_signals_in_any_form(given: Any) -> None:
         *[{"save_top_k": value} for value in (0, -2)],
         {"max_preemptions": -1},
         {"max_epochs": None},
+        *[{name: 2.5} for name in "max_epochs max_steps early_stopping_patience save_every_n_epochs".split()],
+        *[{name: 2.5} for name in "gradient_accumulation_steps log_every_n_steps save_top_k max_preemptions".split()],
+        *[{name: True} for name in "gradient_accumulation_steps max_grad_norm save_top_k".split()],
+        {"max_grad_norm": "1"},
         {"signals": "SIGNOTHING"},
+        *[{"signals": ["SIGUSR1", name]} for name in ("SIGKILL", "SIGSTOP", signal.SIGKILL)],
         {"signals": ["SIGUSR1"], "requeue_signals": ["SIGUSR2"]},
     ],
     ids=str,
@@ -105,6 +115,40 @@ def test_out_of_range(bad: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=list(bad)[-1]) as caught:
         GenericTrainerConfig(**bad)
     assert isinstance(caught.value, ValueError)
+
+
+def test_numbers_of_numpy() -> None:
+    config = GenericTrainerConfig(max_epochs=np.int64(3), save_top_k=np.int32(2), max_grad_norm=np.float32(0.5))
+    assert (config.max_epochs, config.save_top_k, config.max_grad_norm) == (3, 2, 0.5)
+
+
+def test_what_is_no_field_cannot_be_set() -> None:
+    config = GenericTrainerConfig()
+    with pytest.raises(AttributeError, match="no field 'max_epoch'. Did you mean 'max_epochs'"):
+        config.max_epoch = 3  # type: ignore[attr-defined]
+
+    class WithOwn(GenericTrainerConfig):
+        own = 1
+
+    changed = WithOwn(max_epochs=2)
+    changed.own = 2
+    assert (copy.deepcopy(changed).own, changed.max_epochs) == (2, 2)
+
+
+@pytest.mark.parametrize("bad", [{"save_top_k": 0}, {"max_epochs": 2.5}, {"signals": ["SIGKILL"]}], ids=str)
+def test_what_is_set_later_is_checked_again(bad: dict[str, Any], tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    config = GenericTrainerConfig(checkpoint_dir=str(tmp_path))
+    trainer = GenericTrainer(config, loss_fn=nn.functional.mse_loss)
+    ((name, value),) = bad.items()
+    setattr(config, name, value)
+    model = nn.Linear(1, 1)
+    with pytest.raises(ValidationError, match=name):
+        trainer.fit(model, torch.optim.SGD(model.parameters()), [])
+    with pytest.raises(ValidationError, match=name):
+        GenericTrainer(config)
+    assert signal.getsignal(signal.SIGUSR1) is before
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_all_problems_at_once() -> None:
