@@ -73,7 +73,8 @@ class Boundaries:
         trainer.preemption_count += counts
         trainer.call_hooks("on_preemption_signal", signals[0], None)
         is_saving = trainer.config.preemption.checkpoint_on_preemption
-        if is_saving and not trainer.is_saved_here():
+        # Only the first rank knows what became of a save in the background.
+        if is_saving and agreed([int(not trainer.is_saved_here())], self._device)[0]:
             trainer.save_checkpoint(emergency=True)
         trainer.requeued = bool(agreed([int(decision.carry_out())], self._device)[0])
         if not trainer.requeued and counts:

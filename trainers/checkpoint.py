@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from trainers.checkpoint_files import flush_folder, read_checkpoint, read_header, write_checkpoint
+from trainers.checkpoint_files import (
+    checkpoint_timeout,
+    flush_folder,
+    read_checkpoint,
+    read_header,
+    write_checkpoint,
+)
 from trainers.errors import DamagedCheckpointError, MissingCheckpointError, TrainerError
+from trainers.folder_lock import held
 
 DEFAULT_FILENAME = "epoch_{epoch:03d}_step_{step:06d}.ckpt"
 LATEST, BEST = "latest.ckpt", "best.ckpt"
+LOCK_FILE = ".fit.lock"
+SET_ASIDE = ".set_aside"
+# How long a process waits for the folder: servers of files hold that of a machine that died for a minute or two.
+LOCK_SECONDS = 120.0
 _LOGGER = logging.getLogger(__name__)
 # Phases that a run is saved in, in their order within an epoch.
 _FINISHED = [
@@ -27,6 +40,7 @@ _FINISHED = [
     "EPOCH_END",
     "TRAINING_COMPLETE",
 ]
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 
 
@@ -78,12 +92,16 @@ class CheckpointStore:
         self._keep = keep
         self._monitor = monitor
         self._mode = mode
+        self._makes_links = True
 
-    def open(self) -> None:
-        """Make the folder, remove what killed saves have left, and look through the files there are.
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the folder, made if it is missing, for this process: one at a time saves there.
+
+        What killed saves have left is removed, and the files there are are looked through.
 
         Raises:
-            TrainerError: There is no such folder, and none can be made.
+            TrainerError: There is no such folder and none can be made, or another process holds it.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -91,12 +109,14 @@ class CheckpointStore:
             raise TrainerError(
                 f"checkpoint_dir: the folder {self.folder} cannot be made ({error})", fix="Choose another one."
             ) from error
-        for path in sorted(self.folder.iterdir()):
-            if _TEMPORARY.fullmatch(path.name):
-                # Who only looks at a finished run may have no right to.
-                with contextlib.suppress(OSError):
-                    path.unlink(missing_ok=True)
-        self.look()
+        with held(self.folder / LOCK_FILE, self._refusal, seconds=LOCK_SECONDS):
+            for path in sorted(self.folder.iterdir()):
+                if _TEMPORARY.fullmatch(path.name):
+                    # Who only looks at a finished run may have no right to.
+                    with contextlib.suppress(OSError):
+                        path.unlink(missing_ok=True)
+            self.look()
+            yield
 
     def look(self) -> None:
         """Look through the files there are; one that cannot be read is left where it is, with a warning."""
@@ -127,7 +147,8 @@ class CheckpointStore:
         for file in reversed(self.files):
             try:
                 return read_checkpoint(self.folder / file.name)
-            except DamagedCheckpointError as error:
+            # Another process may train here, and keep only so many.
+            except (DamagedCheckpointError, MissingCheckpointError) as error:
                 _LOGGER.warning("%s; an older checkpoint is used", error)
         raise MissingCheckpointError(
             "no checkpoint to load",
@@ -136,13 +157,15 @@ class CheckpointStore:
             fix="Give load_checkpoint() a path, or train first.",
         )
 
-    def name_for(self, epoch: int, step: int, logs: Mapping[str, Any]) -> str:
+    def name_for(self, epoch: int, step: int, logs: Mapping[str, Any], *, has_all_logs: bool = False) -> str:
         """Return the name of the file for a state.
 
         Args:
             epoch: From 0.
             step: Optimizer steps done.
-            logs: Of the last finished epoch. Before there are any, a pattern that uses them gives way to the default.
+            logs: Of the last finished epoch.
+            has_all_logs: Whether a key that is not among them is unknown, and an error. Otherwise, as before the first
+                epoch's end and after an epoch without validation, the pattern gives way to the default.
 
         Raises:
             TrainerError: The pattern uses an unknown key, or makes a name that is no plain file name.
@@ -150,7 +173,7 @@ class CheckpointStore:
         try:
             name = self._filename.format(**{**logs, "epoch": epoch, "step": step})
         except (KeyError, ValueError, IndexError) as error:
-            if isinstance(error, KeyError) and not logs:
+            if isinstance(error, KeyError) and not has_all_logs:
                 name = DEFAULT_FILENAME.format(epoch=epoch, step=step)
             else:
                 raise TrainerError(
@@ -174,8 +197,8 @@ class CheckpointStore:
         content: dict[str, Any],
         *,
         is_ranked: bool,
-        deadline: float,
-        timeout_error: Callable[[], TrainerError],
+        seconds: float,
+        timeout_error: Callable[[float], TrainerError] = checkpoint_timeout,
     ) -> Path:
         """Write a checkpoint, set the links and delete what is not to be kept.
 
@@ -183,8 +206,8 @@ class CheckpointStore:
             name: Of the file; one that exists is replaced.
             content: Plain data, see `to_plain`. Its ``"best"`` is set here.
             is_ranked: Whether its metrics are those of the state that is saved.
-            deadline: On `time.monotonic`'s clock.
-            timeout_error: Makes the error for a save that is not done by then.
+            seconds: How long writing may take.
+            timeout_error: Makes the error for a save that takes longer.
 
         Returns:
             The path.
@@ -203,19 +226,62 @@ class CheckpointStore:
             else:
                 # The pattern gives every step the same name, and this state is not the best one.
                 best = {**best, "file": None}
-                (self.folder / BEST).unlink(missing_ok=True)
         content["best"] = None if best is None else dict(best)
         content["is_ranked"] = is_ranked
         path = self.folder / name
-        write_checkpoint(content, path, deadline, timeout_error)
+        write_checkpoint(content, path, time.monotonic() + seconds, lambda: timeout_error(seconds))
         self.best = best
         self.files = [file for file in self.files if file.name != name]
         self.files.append(CheckpointFile(name, content["global_step"], _place_in(content["resume_state"]), value))
         self._link(LATEST, name)
-        if best is not None and best["file"] == name:
+        if best is not None and best["file"] is None:
+            (self.folder / BEST).unlink(missing_ok=True)
+        elif best is not None and best["file"] == name:
             self._link(BEST, name)
         self._rotate()
         return path
+
+    def has_one_name(self) -> bool:
+        """Whether states of different steps and epochs may get the same name."""
+        return re.search(r"\{(step|epoch)\b", self._filename) is None
+
+    def set_aside_later_than(self, start: Mapping[str, Any] | None) -> None:
+        """Rename the checkpoints of a part of the run that is given up: the newest would be taken for the run's own.
+
+        Args:
+            start: Content from which the run goes on; None if it begins anew.
+        """
+        here = None if start is None else (start["global_step"], _place_in(start["resume_state"]))
+        later = [file for file in self.files if here is None or (file.step, file.place) > here]
+        if not later:
+            return
+        for file in later:
+            (self.folder / file.name).replace(self.folder / (file.name + SET_ASIDE))
+        self.files = [file for file in self.files if file not in later]
+        newest = self.files[-1].name if self.files else None
+        best = None if start is None or start["best"] is None else start["best"]["file"]
+        for link, target in ((LATEST, newest), (BEST, best)):
+            path = self.folder / link
+            if path.is_symlink() and not path.exists():
+                path.unlink()
+                if target in {file.name for file in self.files}:
+                    self._link(link, target)
+        flush_folder(self.folder)
+        _LOGGER.warning(
+            "%s: the run begins before the checkpoints %s, which are given up: their names now end in %r. Remove them "
+            "if they are not needed",
+            self.folder,
+            [file.name for file in later],
+            SET_ASIDE,
+        )
+
+    def _refusal(self) -> TrainerError:
+        return TrainerError(
+            "checkpoint_dir",
+            received=f"{self.folder}, in which another process trains",
+            expected="a folder of this run alone",
+            fix="Wait for the other process, or use another folder or experiment_name.",
+        )
 
     def _value_in(self, content: Mapping[str, Any]) -> float | None:
         value = content["metrics"].get(self._monitor) if self._monitor else None
@@ -250,7 +316,17 @@ class CheckpointStore:
 
     def _link(self, link: str, target: str) -> None:
         temporary = self.folder / f".{link}.{uuid4().hex}.tmp"
-        temporary.symlink_to(target)
+        try:
+            temporary.symlink_to(target)
+        except OSError as error:
+            if error.errno in _FULL:
+                raise
+            # The checkpoint itself is complete, and nothing here needs the links.
+            if self._makes_links:
+                _LOGGER.warning("%s: no link can be made there (%s), so there is none", self.folder / link, error)
+            self._makes_links = False
+            (self.folder / link).unlink(missing_ok=True)
+            return
         temporary.replace(self.folder / link)
         flush_folder(self.folder)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from mb_torch import ModelBatch
 from trainers.boundaries import Preempted
-from trainers.checkpoint import CheckpointStore
+from trainers.checkpoint import DEFAULT_FILENAME, CheckpointStore
 from trainers.checkpoint_files import checkpoint_timeout, preemption_timeout, read_checkpoint
 from trainers.config.errors import ConfigurationError
 from trainers.errors import MissingCheckpointError, TrainerError
@@ -22,7 +24,6 @@ from trainers.loader_processes import can_fork
 from trainers.loaders import make_resumable
 from trainers.loggers import make_loggers, messages_as_configured
 from trainers.loop import TrainingLoop
-from trainers.metrics import model_metrics_of
 from trainers.per_model import PerModel
 from trainers.preemption import SignalFlags
 from trainers.ranks import is_first_rank, on_first_rank, tell_failure, wait_for_all_ranks, warn_of_unconnected_tasks
@@ -30,7 +31,7 @@ from trainers.reproducibility import algorithms, seed_everything
 from trainers.saving import Saves
 from trainers.schedules import as_list
 from trainers.settings import GenericTrainerConfig
-from trainers.snapshot import apply_objects, apply_run, collect, is_finished, own_rank, restore_callbacks
+from trainers.snapshot import apply_objects, apply_run, collect, is_finished, own_rank, warn_of_other_settings
 from trainers.states import ResumeState, TrainerPhase, restore_rng_state
 from trainers.training import AutogradTraining, FusedTraining, Training, as_pair, device_of
 
@@ -167,7 +168,7 @@ class GenericTrainer(TrainerHooks):
 
         Raises:
             NotImplementedError: Neither a step function nor ``loss_fn``.
-            TrainerError: Training cannot go on, or cannot be resumed.
+            TrainerError: Training cannot go on, or cannot be resumed, or another process trains in the folder.
             ConfigurationError: Settings do not fit the model or the scheduler, or were changed to what is refused.
             KeyboardInterrupt: After Ctrl-C, once the run is saved.
         """
@@ -183,21 +184,22 @@ class GenericTrainer(TrainerHooks):
             self.signal_flags.install()
             with messages_as_configured(self.config.logging), chosen:
                 loop = self._make_loop(train_loader, val_loader)
-                content = self._content_to_resume()
-                if content is not None and is_finished(content, self.config):
-                    apply_objects(self, loop.schedulers, content)
-                    state, _ = own_rank(content)
-                    self._set_position(state)
-                    if state.rng is not None:
-                        # Where the run was killed after its last save, the program goes on as after the run itself.
-                        restore_rng_state(state.rng)
-                    self.logs = dict(content["metrics"])
-                    self.model_metrics = model_metrics_of(self.logs)
-                    restore_callbacks(self.callbacks, content["callbacks"])
-                    self.stopped_models = dict(content["early_stopping"]["stopped"])
-                    _LOGGER.info("this run is complete: its weights were loaded, and nothing is trained")
-                else:
-                    self._run(loop, content)
+                with self._held_folder():
+                    goes_back = self._to_load is not None or not self.config.auto_resume
+                    content = self._content_to_resume()
+                    if content is not None:
+                        warn_of_other_settings(self, loop.schedulers, content)
+                    if content is not None and is_finished(content, self.config):
+                        apply_objects(self, loop.schedulers, content)
+                        apply_run(self, loop, content)
+                        state, _ = own_rank(content)
+                        self._set_position(state)
+                        if state.rng is not None:
+                            # Where the run was killed after its last save, the program goes on as after the run itself.
+                            restore_rng_state(state.rng)
+                        _LOGGER.info("this run is complete: its weights were loaded, and nothing is trained")
+                    else:
+                        self._run(loop, content, goes_back=goes_back)
         finally:
             self.signal_flags.restore()
         self._tell_late_signals()
@@ -249,22 +251,23 @@ class GenericTrainer(TrainerHooks):
             raise TrainerError("save_checkpoint", received="no run", fix="Call fit() first.")
         state = loop.resume_state()
         before = self.current_phase
+        is_ranked = state.train is None and before in (TrainerPhase.EPOCH_END, TrainerPhase.TRAINING_COMPLETE)
+        self._saved_at = None
         self.set_phase(TrainerPhase.CHECKPOINT_SAVE_START)
         try:
             content = collect(self, loop, state)
-            name = self.store.name_for(state.epoch, state.global_step, self.logs)
+            has_all_logs = is_ranked and loop.has_all_logs(state.epoch)
+            name = self._checkpoint_name(state, has_all_logs=has_all_logs, is_safe=emergency)
             path = self.store.folder / name
             if is_first_rank():
                 is_last = emergency or before is TrainerPhase.TRAINING_COMPLETE
-                if is_last:
-                    self._saves.finish()
+                seconds, timeout_error = self._time_for_save(emergency=emergency, is_last=is_last)
                 self._saves.save(
                     name,
                     content,
-                    is_ranked=before in (TrainerPhase.EPOCH_END, TrainerPhase.TRAINING_COMPLETE)
-                    and state.train is None,
-                    seconds=self.config.preemption_timeout if emergency else self.config.checkpoint.timeout_seconds,
-                    timeout_error=preemption_timeout if emergency else checkpoint_timeout,
+                    is_ranked=is_ranked,
+                    seconds=seconds,
+                    timeout_error=timeout_error,
                     in_background=self.config.save_in_background and not is_last,
                 )
         except Exception as error:
@@ -280,9 +283,10 @@ class GenericTrainer(TrainerHooks):
         return path
 
     def load_checkpoint(self, checkpoint_path: str | Path | None = None) -> ResumeState:
-        """Read a checkpoint; the next `fit` goes on from it.
+        """Read a checkpoint, also of a run that is going on; the next `fit` goes on from it.
 
-        A model and an optimizer that are set already are loaded at once.
+        A model and an optimizer that are set already are loaded at once. Checkpoints in the folder of the run that are
+        later than this one are given up by that `fit`: it renames them, with a warning.
 
         Args:
             checkpoint_path: Of the file. Default: the newest of this run.
@@ -296,7 +300,7 @@ class GenericTrainer(TrainerHooks):
         """
         if checkpoint_path is None:
             self._saves.wait()
-            self.store.open()
+            self.store.look()
             content = self.store.newest()
         else:
             content = read_checkpoint(Path(checkpoint_path))
@@ -319,8 +323,14 @@ class GenericTrainer(TrainerHooks):
         self.current_phase = phase
 
     def is_saved_here(self) -> bool:
-        """Whether the last checkpoint is of the run as it is now."""
-        return self._loop is not None and self._saved_at == self._place(self._loop.resume_state())
+        """Whether there is a checkpoint of the run as it is now; one that is being written is waited for.
+
+        Raises:
+            PreemptionTimeoutError: That takes longer than ``preemption.timeout_minutes``.
+        """
+        if self._loop is None or self._saved_at != self._place(self._loop.resume_state()):
+            return False
+        return self._saves.finish_within(self.config.preemption_timeout, preemption_timeout)
 
     @property
     def exit_code(self) -> int:
@@ -411,15 +421,21 @@ class GenericTrainer(TrainerHooks):
         assert self._loop is not None
         self._loop.results.freeze(losses)
 
+    @contextmanager
+    def _held_folder(self) -> Iterator[None]:
+        """Hold the checkpoint folder, tidied up and looked through, in the first rank for all."""
+        warn_of_unconnected_tasks(self.store.folder)
+        with ExitStack() as stack:
+            with on_first_rank() as is_first:
+                if is_first:
+                    stack.enter_context(self.store.held())
+            if not is_first:
+                self.store.look()
+            yield
+
     def _content_to_resume(self) -> dict[str, Any] | None:
         """What `load_checkpoint` was given, else the newest checkpoint of the run, else None."""
         content, self._to_load = self._to_load, None
-        warn_of_unconnected_tasks(self.store.folder)
-        with on_first_rank() as is_first:
-            if is_first:
-                self.store.open()
-        if not is_first_rank():
-            self.store.look()
         if content is not None or not self.config.auto_resume or not self.store.files:
             return content
         try:
@@ -428,11 +444,38 @@ class GenericTrainer(TrainerHooks):
             _LOGGER.warning("%s. Training starts from the beginning.", error.problem)
             return None
 
+    def _time_for_save(self, *, emergency: bool, is_last: bool) -> tuple[float, Callable[[float], TrainerError]]:
+        """Seconds, after what is still being written in the background if this is the last one; makes the error."""
+        if not emergency:
+            if is_last:
+                self._saves.finish()
+            return self.config.checkpoint.timeout_seconds, checkpoint_timeout
+        allowed, begin = self.config.preemption_timeout, time.monotonic()
+        self._saves.finish_within(allowed, preemption_timeout)
+        return allowed - (time.monotonic() - begin), lambda _: preemption_timeout(allowed)
+
+    def _checkpoint_name(self, state: ResumeState, *, has_all_logs: bool, is_safe: bool) -> str:
+        """The name of a file; with ``is_safe`` there is one whatever the pattern."""
+        try:
+            return self.store.name_for(state.epoch, state.global_step, self.logs, has_all_logs=has_all_logs)
+        except TrainerError as error:
+            if not is_safe:
+                raise
+            _LOGGER.warning("%s. The default name is used.", error)
+            return DEFAULT_FILENAME.format(epoch=state.epoch, step=state.global_step)
+
     def _set_position(self, state: ResumeState) -> None:
         self.current_phase, self.current_epoch, self.global_step = state.phase, state.epoch, state.global_step
 
-    def _run(self, loop: TrainingLoop, content: dict[str, Any] | None) -> None:
+    def _run(self, loop: TrainingLoop, content: dict[str, Any] | None, *, goes_back: bool) -> None:
         self._loop, self._saved_at = loop, None
+        if self.config.monitor is not None and self.store.has_one_name():
+            _LOGGER.warning(
+                "checkpoint.filename: received %r, without {step} and {epoch}: a later state replaces the best by "
+                "monitor=%r, which has the same name, and best.ckpt is lost",
+                self.config.filename,
+                self.config.monitor,
+            )
         state, loader_state = None, None
         self._set_position(ResumeState(TrainerPhase.INIT, 0, 0))
         self.logs, self.model_metrics, self.stopped_models, self.preemption_count = {}, {}, {}, 0
@@ -446,8 +489,12 @@ class GenericTrainer(TrainerHooks):
             self._set_position(state)
             trackers = content["trackers"]
             _LOGGER.info("the run goes on in epoch %d after step %d", state.epoch, state.global_step)
+        else:
+            self.store.best = None
         self._step_at_start = self.global_step
         if is_first_rank():
+            if goes_back:
+                self.store.set_aside_later_than(content)
             loop.loggers = make_loggers(
                 self.config.logging,
                 self.config.experiment_name,

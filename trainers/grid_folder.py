@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -18,9 +17,7 @@ from trainers.config.naming import NamingStrategy
 from trainers.config.results import GridSearchResult
 from trainers.config.search import ParameterGridSearch
 from trainers.executors import Job, Plan, read_record, settled_folders
-
-if sys.platform != "win32":
-    import fcntl
+from trainers.folder_lock import lock
 
 GRID_FILE = "grid_config.json"
 SUMMARY_FILE = "execution_summary.json"
@@ -46,7 +43,8 @@ class GridFolder:
     def lock(self) -> Iterator[int]:
         """Hold the folder, made if it is missing, for this process and for children that inherit the descriptor.
 
-        The system frees it when the last of them has ended, in whatever way. On Windows nothing is locked.
+        The system frees it when the last of them has ended, in whatever way. On Windows, and on file systems without
+        locks, nothing is locked.
 
         Yields:
             The file descriptor.
@@ -57,8 +55,11 @@ class GridFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            if sys.platform != "win32":
-                self._hold(descriptor)
+            if not lock(descriptor):
+                raise ConfigurationError(
+                    f"output_dir: {self.path} is in use by another grid search, or by experiments that outlived "
+                    "theirs. Wait for them, or use another output_dir."
+                )
             yield descriptor
         finally:
             # Closed, not unlocked: unlocking would take the folder from the children as well.
@@ -149,15 +150,6 @@ class GridFolder:
             "failures": dict(result.failed_submissions),
         }
         write_atomically(self.path / SUMMARY_FILE, written(summary, "json"))
-
-    def _hold(self, descriptor: int) -> None:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigurationError(
-                f"output_dir: {self.path} is in use by another grid search, or by experiments that outlived theirs. "
-                "Wait for them, or use another output_dir."
-            ) from error
 
     def _read(self, name: str) -> dict[str, Any]:
         path = self.path / name

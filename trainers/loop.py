@@ -87,6 +87,8 @@ class TrainingLoop:
         self._batch_idx = 0
         self._val_batch_idx = 0
         self._is_cut_short = False
+        # Whether loaders and generators are where the counters say; in a resumed run they are later.
+        self._is_in_place = False
 
     def run(self, start: ResumeState | None, loader_state: Mapping[str, Any] | None) -> None:
         """Train from the beginning, or from where a checkpoint was written, to the end.
@@ -99,6 +101,7 @@ class TrainingLoop:
             trainers.boundaries.Preempted: The run was saved and left.
         """
         resume = None if start is None or loader_state is None else (start, loader_state)
+        self._is_in_place = resume is None
         trainer, config = self.trainer, self.trainer.config
         first = 0
         if resume is not None:
@@ -128,10 +131,12 @@ class TrainingLoop:
         """
         trainer, phase = self.trainer, self.trainer.current_phase
         in_epoch = phase in (TrainerPhase.TRAIN_BATCH_END, *_IN_VALIDATION) or self._is_cut_short
-        if self.training.micro_step or not (in_epoch or phase in (TrainerPhase.TRAIN_START_EPOCH, *_BETWEEN_EPOCHS)):
+        is_boundary = in_epoch or phase in (TrainerPhase.TRAIN_START_EPOCH, *_BETWEEN_EPOCHS)
+        if self.training.micro_step or not is_boundary or not self._is_in_place:
             raise TrainerError(
                 "a checkpoint cannot be saved now",
-                received=f"phase {phase.value} with {self.training.micro_step} batches of an incomplete accumulation",
+                received=f"phase {phase.value} with {self.training.micro_step} batches of an incomplete accumulation"
+                + ("" if self._is_in_place else ", before the run was back at its place"),
                 expected="the end of a batch with an optimizer step, of a validation batch or of an epoch",
                 fix="Call save_checkpoint() in on_batch_end or on_epoch_end.",
             )
@@ -147,6 +152,14 @@ class TrainingLoop:
         return ResumeState(
             phase, trainer.current_epoch, trainer.global_step, train=train, val=val, rng=rng, timestamp=time.time()
         )
+
+    def has_all_logs(self, epoch: int) -> bool:
+        """Whether the logs at the end of an epoch have every key that there is: those of a validation come not always.
+
+        Args:
+            epoch: From 0.
+        """
+        return self.val_loader is None or (epoch + 1) % self.trainer.config.validate_every_n_epochs == 0
 
     def close(self) -> None:
         """Let loader processes and log files go; the state of the run can still be saved."""
@@ -172,11 +185,10 @@ class TrainingLoop:
             self._batch_idx = micro.batch_idx
         if not in_validation:
             self._train(self._start_training(resume))
-        is_validated = self.val_loader is not None and (epoch + 1) % trainer.config.validate_every_n_epochs == 0
         self._val_sums = MetricSums(self.training.num_models)
-        if is_validated:
+        if self.val_loader is not None and self.has_all_logs(epoch):
             self._validate(resume if in_validation else None)
-        self._finish_epoch(epoch, is_validated)
+        self._finish_epoch(epoch)
 
     def _start_training(self, resume: tuple[ResumeState, Mapping[str, Any]] | None) -> Iterator[Any]:
         """Batches of the epoch, or those that are left of it."""
@@ -197,6 +209,7 @@ class TrainingLoop:
                 self.trainer.set_phase(TrainerPhase.TRAIN_BATCH_END)
             if state.rng is not None:
                 restore_rng_state(state.rng)
+            self._is_in_place = True
         self._boundary()
         if batches is None:
             self.epoch_start_rng = capture_rng_state() if self.trainer.config.save_rng_state else None
@@ -258,6 +271,7 @@ class TrainingLoop:
                 self.val_loader.restore_generators(loaders["val"])
             if state.rng is not None:
                 restore_rng_state(state.rng)
+            self._is_in_place = True
             self.boundaries.leave_if_asked()
         if batches is None:
             self.epoch_start_rng = capture_rng_state() if trainer.config.save_rng_state else None
@@ -287,10 +301,10 @@ class TrainingLoop:
         if not self._val_batch_idx:
             raise TrainerError("val_loader", received="no batch in a validation", expected="at least one, or None")
 
-    def _finish_epoch(self, epoch: int, is_validated: bool) -> None:
+    def _finish_epoch(self, epoch: int) -> None:
         trainer, config = self.trainer, self.trainer.config
         logs = self.results.of_epoch(self._sums, self._val_sums)
-        self.results.act_on(logs, has_all=is_validated or self.val_loader is None)
+        self.results.act_on(logs, has_all=self.has_all_logs(epoch))
         trainer.set_phase(TrainerPhase.EPOCH_END)
         trainer.logs = logs
         trainer.call_hooks("on_epoch_end", epoch, logs)
@@ -307,7 +321,8 @@ class TrainingLoop:
     def _complete(self) -> None:
         trainer = self.trainer
         trainer.set_phase(TrainerPhase.TRAINING_COMPLETE)
-        if trainer.config.checkpoint.save_last:
+        # Where the epochs were lowered below that of the checkpoint, it is still the last one.
+        if trainer.config.checkpoint.save_last and self._is_in_place:
             trainer.save_checkpoint()
         trainer.call_hooks("on_training_end", trainer.logs)
 
@@ -346,6 +361,7 @@ class TrainingLoop:
             self.val_loader.restore_generators(loaders["val"])
         if state.rng is not None:
             restore_rng_state(state.rng)
+        self._is_in_place = True
 
     def _progress(self, title: str, loader: ResumableLoader, done: int) -> Progress:
         return Progress(title, _length(loader), done, is_wanted=self.trainer.config.logging.console_log)

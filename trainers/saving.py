@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -33,8 +32,7 @@ class Saves:
 
     def __init__(self, store: CheckpointStore) -> None:
         self._store = store
-        self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._running: _InBackground | None = None
 
     def save(
         self,
@@ -65,19 +63,13 @@ class Saves:
             content = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, content)
 
         def work() -> None:
-            self._store.save(
-                name,
-                content,
-                is_ranked=is_ranked,
-                deadline=time.monotonic() + seconds,
-                timeout_error=lambda: timeout_error(seconds),
-            )
+            self._store.save(name, content, is_ranked=is_ranked, seconds=seconds, timeout_error=timeout_error)
 
         if not in_background:
             work()
             return
-        self._thread = threading.Thread(target=self._run, args=(work,), name="save")
-        self._thread.start()
+        self._running = _InBackground(work)
+        self._running.start()
 
     def wait(self) -> None:
         """Return when nothing is being written.
@@ -85,25 +77,57 @@ class Saves:
         Raises:
             TrainerError: A save in the background failed.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+        running, self._running = self._running, None
+        if running is not None:
+            running.join()
+            if running.failure is not None:
+                raise running.failure
 
-    def finish(self) -> None:
+    def finish(self) -> bool:
         """Return when nothing is being written; what went wrong is only logged.
 
         For the end of a run: its last save, or the error that ends it, is not to be lost over an earlier failure.
+
+        Returns:
+            Whether the last save did not fail.
         """
         try:
             self.wait()
         except Exception:
             _LOGGER.exception("a save in the background failed; the last complete checkpoint is kept")
+            return False
+        return True
 
-    def _run(self, work: Callable[[], None]) -> None:
+    def finish_within(self, seconds: float, timeout_error: Callable[[float], TrainerError]) -> bool:
+        """Like `finish`, but wait for some time only.
+
+        Args:
+            seconds: How long.
+            timeout_error: Makes the error for a save that takes longer; it is left to itself.
+
+        Returns:
+            Whether the last save did not fail.
+
+        Raises:
+            TrainerError: From ``timeout_error``.
+        """
+        if self._running is not None:
+            self._running.join(seconds)
+            if self._running.is_alive():
+                # Who is to leave in time cannot wait for it at the end of the run either.
+                self._running = None
+                raise timeout_error(seconds)
+        return self.finish()
+
+
+class _InBackground(threading.Thread):
+    def __init__(self, work: Callable[[], None]) -> None:
+        super().__init__(name="save")
+        self.failure: BaseException | None = None
+        self._work = work
+
+    def run(self) -> None:
         try:
-            work()
+            self._work()
         except BaseException as error:
-            self._failure = error
+            self.failure = error

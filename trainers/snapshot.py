@@ -22,6 +22,18 @@ if TYPE_CHECKING:
     from trainers.loop import TrainingLoop
 
 _LOGGER = logging.getLogger(__name__)
+# Settings, or groups of them, that do not change what a run computes.
+_FREE = (
+    "checkpoint.",
+    "preemption.",
+    "logging.",
+    "max_epochs",
+    "max_steps",
+    "save_in_background",
+    "performance.pin_memory",
+    "performance.prefetch_factor",
+    "performance.persistent_workers",
+)
 
 
 def collect(trainer: GenericTrainer, loop: TrainingLoop, state: ResumeState) -> dict[str, Any]:
@@ -91,6 +103,46 @@ def own_rank(content: Mapping[str, Any]) -> tuple[ResumeState, dict[str, Any]]:
         return ResumeState.from_dict(content["resume_state"]), content["loader_state"]
     own = others[rank() - 1]
     return ResumeState.from_dict({**content["resume_state"], "rng": own["rng"]}), own["loader_state"]
+
+
+def warn_of_other_settings(trainer: GenericTrainer, schedulers: Sequence[Any], content: Mapping[str, Any]) -> None:
+    """Log where a run is to go on with other settings than those of the checkpoint; before that is loaded.
+
+    Args:
+        trainer: That trains.
+        schedulers: All there are.
+        content: Of the checkpoint.
+    """
+    saved = _by_dotted_key({**content["config"], "experiment_name": content["experiment_name"]})
+    present = _by_dotted_key(to_plain(trainer.config.to_dict(), "config"))
+    changes = [
+        f"{key} was {saved[key]!r} and is {value!r}"
+        for key, value in present.items()
+        if key in saved and saved[key] != value and not key.startswith(_FREE)
+    ]
+    if changes:
+        _LOGGER.warning(
+            "the checkpoint was written with other settings; the run goes on with those of now: %s. To begin anew, use "
+            "another folder or experiment_name",
+            ", ".join(changes),
+        )
+    if content["optimizer_state_dict"] is None:
+        return
+    # A scheduler changes the others.
+    keys = ("initial_lr", "weight_decay", "eps") if schedulers else ("lr", "weight_decay", "eps", "momentum", "betas")
+    groups = zip(content["optimizer_state_dict"]["param_groups"], trainer.optimizer.param_groups, strict=False)
+    differences: dict[str, str] = {}
+    for number, (before, group) in enumerate(groups):
+        own = to_plain({key: group[key] for key in keys if key in group and key in before}, "optimizer")
+        for key, value in own.items():
+            if _as_numbers(before[key]) != _as_numbers(value):
+                differences.setdefault(key, f"{key} {value!r} instead of {before[key]!r} in group {number}")
+    if differences:
+        _LOGGER.warning(
+            "the optimizer was made with other settings than the checkpoint has; the run goes on with those of the "
+            "checkpoint: %s",
+            ", ".join(differences.values()),
+        )
 
 
 def apply_objects(trainer: GenericTrainer, schedulers: Sequence[Any], content: Mapping[str, Any]) -> None:
@@ -218,6 +270,18 @@ def restore_callbacks(callbacks: Sequence[TrainingCallback], saved: Sequence[Map
         entry = left.pop(place)
         if entry["state"] is not None and hasattr(callback, "load_state_dict"):
             callback.load_state_dict(entry["state"])
+
+
+def _by_dotted_key(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _by_dotted_key(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def _as_numbers(value: Any) -> Any:
+    """A value of a parameter group as something to be compared: some are tensors."""
+    return torch.as_tensor(value, dtype=torch.float64).tolist() if value is not None else None
 
 
 def _environment() -> dict[str, Any]:

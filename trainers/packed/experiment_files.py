@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainers.callbacks import TrainingCallback
 from trainers.checkpoint import CheckpointStore
-from trainers.checkpoint_files import checkpoint_timeout, to_plain
+from trainers.checkpoint_files import to_plain
 from trainers.config.schema import ExperimentConfig
 from trainers.loggers import CsvLogger
 from trainers.population import BestModels, History
@@ -79,7 +78,6 @@ class ExperimentFiles(TrainingCallback):
             monitor=settings.monitor,
             mode=settings.mode,
         )
-        store.open()
         last = {
             **model_content(content, self._history.models.index(name)),
             "experiment_name": name,
@@ -91,11 +89,13 @@ class ExperimentFiles(TrainingCallback):
         if name in self._ends:
             last = self._at(last, name, *self._ends[name])
         best = None if self._best_models is None else self._best_models.bests.get(name)
-        if best is not None:
-            # Optimizer and schedule are kept of the end only.
-            weights = {"model_state_dict": dict(best.state), "optimizer_state_dict": None, "scheduler_state_dict": None}
-            _save(store, {**self._at(last, name, best.epoch, best.step), **weights}, settings.timeout_seconds)
-        _save(store, last, settings.timeout_seconds)
+        with store.held():
+            if best is not None:
+                # Optimizer and schedule are kept of the end only.
+                left_out = {"optimizer_state_dict": None, "scheduler_state_dict": None}
+                weights = {"model_state_dict": dict(best.state), **left_out}
+                _save(store, {**self._at(last, name, best.epoch, best.step), **weights}, settings.timeout_seconds)
+            _save(store, last, settings.timeout_seconds)
 
     def state_dict(self) -> dict[str, Any]:
         """Return how much is in the files, and which experiments have ended, as plain data."""
@@ -133,6 +133,5 @@ def _save(store: CheckpointStore, content: dict[str, Any], seconds: float) -> No
         content,
         # Otherwise the metrics are those of an epoch before.
         is_ranked=content["resume_state"]["train"] is None,
-        deadline=time.monotonic() + seconds,
-        timeout_error=lambda: checkpoint_timeout(seconds),
+        seconds=seconds,
     )

@@ -9,12 +9,9 @@ import json
 import logging
 import os
 import signal
-import sys
-import time
 import traceback
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +22,13 @@ from torch import nn
 from mb_torch import ModelBatch
 from trainers.built import Build, Built, build_experiment, load_build, model_seed
 from trainers.checkpoint import DEFAULT_FILENAME, CheckpointStore
-from trainers.checkpoint_files import checkpoint_timeout
 from trainers.config.creation import examine
 from trainers.config.errors import ConfigurationError, ValidationError, problem
 from trainers.config.files import write_atomically, written
 from trainers.config.manager import ConfigurationManager
 from trainers.config.schema import ExperimentConfig
 from trainers.executors import CONFIG_FILE
+from trainers.folder_lock import held
 from trainers.from_config import (
     make_optimizer,
     make_schedulers,
@@ -51,9 +48,6 @@ from trainers.population import Population
 from trainers.preemption import SignalFlags
 from trainers.requeueing import RequeueDecision
 from trainers.settings import GenericTrainerConfig
-
-if sys.platform != "win32":
-    import fcntl
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -81,7 +75,8 @@ def run_pack(folder: Path, packs_at_once: int = 1) -> dict[str, dict[str, Any]]:
             the pack.
     """
     asked = _read(folder / PACK_FILE)
-    with _held(folder):
+    refusal = ConfigurationError(f"{folder}: another process runs this pack. Wait for it.")
+    with held(folder / LOCK_FILE, lambda: refusal):
         outcomes = _Outcomes(folder / OUTCOME_FILE, asked["experiments"])
         run = _PackRun(folder.parent, asked["build"], asked["backend"], asked["experiments"], outcomes, packs_at_once)
         run.run()
@@ -311,22 +306,6 @@ class _PackRun:
         return make(**_read(path))
 
 
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Hold a pack for this process; the system frees it when the process ends, in whatever way."""
-    if sys.platform == "win32":
-        yield
-        return
-    with (folder / LOCK_FILE).open("a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigurationError(f"{folder}: another process runs this pack. Wait for it.") from error
-        except OSError as error:
-            _LOGGER.debug("%s cannot be held: %s", folder, error)  # a file system without locks
-        yield
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -411,12 +390,10 @@ def _per_model(configs: Sequence[ExperimentConfig], built: Sequence[Built]) -> P
 def _write_first(folder: Path, content: dict[str, Any], config: ExperimentConfig) -> None:
     """Write the checkpoint from which experiments of other packs go on here."""
     store = CheckpointStore(folder)
-    store.open()
-    seconds = config.checkpoint.timeout_seconds
-    store.save(
-        store.name_for(content["epoch"], content["global_step"], content["metrics"]),
-        {**content, "experiment_name": folder.name},
-        is_ranked=content["is_ranked"],
-        deadline=time.monotonic() + seconds,
-        timeout_error=lambda: checkpoint_timeout(seconds),
-    )
+    with store.held():
+        store.save(
+            store.name_for(content["epoch"], content["global_step"], content["metrics"]),
+            {**content, "experiment_name": folder.name},
+            is_ranked=content["is_ranked"],
+            seconds=config.checkpoint.timeout_seconds,
+        )

@@ -6,12 +6,10 @@ import contextlib
 import copy
 import logging
 import math
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainers.checkpoint import CheckpointStore
-from trainers.checkpoint_files import checkpoint_timeout
 from trainers.config.errors import ConfigurationError
 from trainers.errors import MissingCheckpointError, TrainerError
 from trainers.generic import GenericTrainer
@@ -109,17 +107,15 @@ class Rungs:
             The content as every process reads it.
         """
         store = self._store(number)
-        seconds = self._config.checkpoint.timeout_seconds
         with on_first_rank() as is_first:
             if is_first:
-                store.open()
-                store.save(
-                    store.name_for(content["epoch"], content["global_step"], content["metrics"]),
-                    content,
-                    is_ranked=True,
-                    deadline=time.monotonic() + seconds,
-                    timeout_error=lambda: checkpoint_timeout(seconds),
-                )
+                with store.held():
+                    store.save(
+                        store.name_for(content["epoch"], content["global_step"], content["metrics"]),
+                        {**content, "experiment_name": self.config(number, self._config.max_epochs).experiment_name},
+                        is_ranked=True,
+                        seconds=self._config.checkpoint.timeout_seconds,
+                    )
         store.look()
         return store.newest()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 from tests.training_runs import assert_identical, final_state, run
 from trainers import checkpoint
 from trainers.checkpoint_files import read_checkpoint, write_checkpoint
-from trainers.errors import TrainerError
+from trainers.errors import PreemptionTimeoutError, TrainerError
 from trainers.generic import GenericTrainer
 from trainers.settings import GenericTrainerConfig
 
@@ -124,3 +125,74 @@ def test_a_signal_waits_for_the_save_before_it(monkeypatch: pytest.MonkeyPatch, 
     newest = read_checkpoint(tmp_path / "latest.ckpt")
     assert newest["global_step"] == 2
     assert torch.equal(newest["model_state_dict"]["weight"], fixture.seen[1])
+
+
+def _trainer(folder: Path, at_the_second_step: Any, **settings: Any) -> GenericTrainer:
+    """Saves in the background at the second step, and is asked to leave there."""
+
+    class Saves(GenericTrainer):
+        def on_batch_end(self, batch_idx: int, logs: dict[str, Any]) -> None:
+            if batch_idx == 1:
+                self.save_checkpoint()
+                at_the_second_step()
+                self.request_preemption()
+
+    config = GenericTrainerConfig(checkpoint_dir=str(folder), max_epochs=1, save_in_background=True, **settings)
+    return Saves(config, loss_fn=nn.functional.mse_loss)
+
+
+def _fit(trainer: GenericTrainer) -> None:
+    model = nn.Linear(2, 1)
+    trainer.fit(model, torch.optim.SGD(model.parameters(), lr=0.1), [(torch.ones(4, 2), torch.zeros(4, 1))] * 4)
+
+
+def test_no_requeue_before_the_file_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[list[str]] = []
+
+    def requeue(job_id: str) -> bool:
+        seen.append(_files(tmp_path))
+        return True
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.3)
+        write_checkpoint(*arguments)
+
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr("trainers.requeueing.requeue", requeue)
+    monkeypatch.setattr("trainers.requeueing.job_facts", lambda job_id: {})
+    monkeypatch.setattr(checkpoint, "write_checkpoint", slow)
+    _fit(_trainer(tmp_path, lambda: None))
+    assert seen == [["epoch_000_step_000002.ckpt"]]
+
+
+def test_what_failed_is_saved_anew_when_the_run_is_left(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    outcomes = iter([TrainerError("the disk is full")])
+
+    def fails(*arguments: Any) -> None:
+        for failure in outcomes:
+            raise failure
+        write_checkpoint(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write_checkpoint", fails)
+    _fit(_trainer(tmp_path, lambda: None))
+    assert _files(tmp_path) == ["epoch_000_step_000002.ckpt"]
+    assert "the disk is full" in caplog.text
+
+
+def test_a_running_save_is_waited_for_as_long_as_is_allowed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    let_go = threading.Event()
+
+    def stuck(*arguments: Any) -> None:
+        assert let_go.wait(60)
+        write_checkpoint(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write_checkpoint", stuck)
+    before = threading.active_count()
+    with pytest.raises(PreemptionTimeoutError, match=r"within 0\.2 s"):
+        _fit(_trainer(tmp_path, lambda: None, preemption_timeout=0.2))
+    assert _files(tmp_path) == []
+    let_go.set()
+    while threading.active_count() > before:
+        time.sleep(0.01)

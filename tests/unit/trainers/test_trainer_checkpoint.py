@@ -138,12 +138,61 @@ def test_bad_pattern(pattern: str, tmp_path: Path) -> None:
         run(tmp_path, filename=pattern)
 
 
-def test_one_name_for_all_keeps_no_false_best(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop_at", [None, 6])
+def test_pattern_may_use_logs_that_not_every_epoch_has(stop_at: int | None, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"filename": "e{epoch}_{val_loss:.3f}", "validate_every_n_epochs": 2, "max_epochs": 4}
+    trainer = run(tmp_path, stop_at=stop_at, **settings)
+    assert trainer.preempted is (stop_at is not None)
+    names = _names(tmp_path)
+    assert names[-1] == ("epoch_001_step_000007.ckpt" if stop_at else "epoch_002_step_000012.ckpt")
+    assert any(name.startswith("e3_") for name in names) is (stop_at is None)
+
+
+def test_pattern_with_an_unknown_key_is_found_at_the_first_validation(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"filename": "e{epoch}_{val_los:.3f}", "validate_every_n_epochs": 2, "max_epochs": 4}
+    with pytest.raises(TrainerError, match=r"checkpoint.filename.*val_los"):
+        run(tmp_path, **settings)
+    assert _names(tmp_path) == ["epoch_000_step_000004.ckpt"]
+
+
+def test_a_run_is_not_lost_over_the_name_of_its_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert run(tmp_path, filename="{step:q}", stop_at=1).preempted
+    assert _names(tmp_path) == ["epoch_000_step_000002.ckpt"]
+    assert "The default name is used" in caplog.text
+
+
+def test_best_is_kept_where_the_save_that_replaces_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fails(Valued):
+        def on_epoch_end(self, epoch: int, logs: dict[str, Any]) -> None:
+            super().on_epoch_end(epoch, logs)
+            if epoch:
+                monkeypatch.setattr(torch, "save", None)
+
+    with pytest.raises(TypeError):
+        run(tmp_path, trainer_class=Fails, notes={"values": [1.0, 2.0]}, filename="model", monitor="val_loss")
+    assert read_checkpoint(tmp_path / "best.ckpt")["global_step"] == 4
+
+
+def test_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    notes: dict[str, Any] = {}
+    assert run(tmp_path, stop_at=8, notes=notes).preempted
+    run(tmp_path, notes=notes)
+    assert len(notes["samples"]) == 12
+    assert _steps(tmp_path) == [4, 7, 8, 12]
+    assert caplog.text.count("no link can be made") == 2
+
+
+def test_one_name_for_all_keeps_no_false_best(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     notes = {"values": [1.0, 2.0, 3.0]}
     run(tmp_path, trainer_class=Valued, notes=notes, filename="model.ckpt", monitor="val_loss")
     assert _names(tmp_path) == ["model.ckpt"]
     assert not (tmp_path / "best.ckpt").is_symlink()
     assert read_checkpoint(tmp_path / "latest.ckpt")["best"]["file"] is None
+    assert "without {step} and {epoch}" in caplog.text
 
 
 class Dies(BaseException):
@@ -278,6 +327,27 @@ def test_saving_by_hand_only_where_nothing_is_half_done(hook: str, tmp_path: Pat
     assert _names(tmp_path) == []
 
 
+@pytest.mark.parametrize("hook", ["on_resume_from_checkpoint", "on_training_start", "on_epoch_start"])
+@pytest.mark.parametrize("stop_at", [2, 4])
+def test_no_save_before_a_resumed_run_is_back_at_its_place(hook: str, stop_at: int, tmp_path: Path) -> None:
+    class Saves(Recorder):
+        pass
+
+    setattr(Saves, hook, lambda self, *arguments: self.save_checkpoint())
+    run(tmp_path, stop_at=stop_at)
+    before = {name: (tmp_path / name).read_bytes() for name in _names(tmp_path)}
+    with pytest.raises(TrainerError, match="before the run was back at its place"):
+        run(tmp_path, trainer_class=Saves)
+    assert {name: (tmp_path / name).read_bytes() for name in _names(tmp_path)} == before
+
+
+def test_fewer_epochs_than_were_trained(tmp_path: Path) -> None:
+    run(tmp_path, stop_at=8)
+    assert run(tmp_path, max_epochs=1).global_step == 7
+    # What the checkpoint says of the place is still true.
+    assert read_checkpoint(tmp_path / "latest.ckpt")["resume_state"]["phase"] == "TRAIN_BATCH_END"
+
+
 def test_saving_by_hand(tmp_path: Path) -> None:
     class Saves(Recorder):
         def on_batch_end(self, batch_idx: int, logs: dict[str, Any]) -> None:
@@ -349,6 +419,29 @@ def test_another_environment_is_reported(
     assert "threads was 1 when the checkpoint was written and is 64 now" in caplog.text
 
 
+def test_other_settings_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(tmp_path, max_epochs=1, experiment_name="a")
+    caplog.clear()
+    run(tmp_path, max_epochs=2, experiment_name="a", save_top_k=2, log_every_n_steps=7)
+    assert "settings" not in caplog.text
+    model, optimizer, scheduler = make_objects("single")
+    optimizer.param_groups[0]["weight_decay"] = 0.5
+    config = GenericTrainerConfig(checkpoint_dir=str(tmp_path), max_epochs=3, experiment_name="b", max_grad_norm=2.0)
+    trainer = Recorder(config, {})
+    trainer.load_checkpoint(tmp_path / "a" / "latest.ckpt")
+    trainer.fit(model, optimizer, make_loader("shuffled"), make_loader("list")[:2], scheduler)
+    assert "experiment_name was 'a' and is 'b'" in caplog.text
+    assert "performance.clip_grad_norm was 1.0 and is 2.0" in caplog.text
+    assert "weight_decay 0.5 instead of 0" in caplog.text
+
+
+def test_a_complete_run_with_other_settings_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(tmp_path, monitor="val_loss")
+    trainer = run(tmp_path, monitor="val_loss", gradient_accumulation_steps=2)
+    assert "performance.gradient_accumulation_steps was 1 and is 2" in caplog.text
+    assert trainer.store.best == read_checkpoint(tmp_path / "latest.ckpt")["best"] is not None
+
+
 def test_runs_have_their_own_folders(tmp_path: Path) -> None:
     for name in ("a", "b"):
         run(tmp_path, experiment_name=name, max_epochs=1)
@@ -362,6 +455,7 @@ def test_leftovers_go_at_the_next_start(tmp_path: Path) -> None:
     foreign = tmp_path / ".notes.tmp"
     leftover.touch()
     foreign.touch()
-    CheckpointStore(tmp_path).open()
+    with CheckpointStore(tmp_path).held():
+        pass
     assert not leftover.exists()
     assert foreign.exists()

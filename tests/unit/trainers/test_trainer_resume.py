@@ -216,6 +216,29 @@ def test_load_checkpoint_before_fit(tmp_path: Path) -> None:
         assert_identical(trainer.model.state_dict(), whole["model"])
 
 
+def test_an_earlier_state_is_gone_on_from(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(tmp_path, monitor="val_loss")
+
+    class GoesBack(Recorder):
+        def fit(self, *arguments: Any) -> None:
+            self.load_checkpoint(tmp_path / "epoch_000_step_000004.ckpt")
+            super().fit(*arguments)
+
+    assert run(tmp_path, trainer_class=GoesBack, stop_at=1, monitor="val_loss").global_step == 6
+    assert "['epoch_001_step_000008.ckpt', 'epoch_002_step_000012.ckpt'], which are given up" in caplog.text
+    state = GenericTrainer(GenericTrainerConfig(checkpoint_dir=str(tmp_path))).load_checkpoint()
+    assert state.global_step == 6
+    aside = "epoch_002_step_000012.ckpt.set_aside"
+    assert GenericTrainer(GenericTrainerConfig()).load_checkpoint(tmp_path / aside).global_step == 12
+    assert all(path.exists() for path in tmp_path.iterdir())
+
+
+def test_a_run_that_begins_anew_is_gone_on_with(tmp_path: Path) -> None:
+    run(tmp_path)
+    run(tmp_path, auto_resume=False, stop_at=1)
+    assert GenericTrainer(GenericTrainerConfig(checkpoint_dir=str(tmp_path))).load_checkpoint().global_step == 2
+
+
 def test_load_checkpoint_without_any(tmp_path: Path) -> None:
     trainer = GenericTrainer(GenericTrainerConfig(checkpoint_dir=str(tmp_path)))
     with pytest.raises(MissingCheckpointError) as caught:
