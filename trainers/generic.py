@@ -16,6 +16,7 @@ from trainers.checkpoint import CheckpointStore
 from trainers.checkpoint_files import checkpoint_timeout, preemption_timeout, read_checkpoint
 from trainers.config.errors import ConfigurationError
 from trainers.errors import MissingCheckpointError, TrainerError
+from trainers.fit_arguments import check_fit_arguments
 from trainers.hooks import TrainerHooks
 from trainers.loader_processes import can_fork
 from trainers.loaders import make_resumable
@@ -30,7 +31,7 @@ from trainers.schedules import as_list
 from trainers.settings import GenericTrainerConfig
 from trainers.snapshot import apply_objects, apply_run, collect, is_finished, own_rank, restore_callbacks
 from trainers.states import ResumeState, TrainerPhase, restore_rng_state
-from trainers.training import AutogradTraining, FusedTraining, Training, as_pair, device_of
+from trainers.training import AutogradTraining, FusedTraining, Training, as_pair, device_of, train_mode_if_evaluating
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -157,9 +158,11 @@ class GenericTrainer(TrainerHooks):
 
         Raises:
             NotImplementedError: Neither a step function nor ``loss_fn``.
-            TrainerError: Training cannot go on, or cannot be resumed.
+            TrainerError: Model, optimizer and scheduler do not belong together; training cannot go on, or cannot be
+                resumed.
             ConfigurationError: Settings do not fit the model or the scheduler.
         """
+        check_fit_arguments(model, optimizer, scheduler, clips=self.config.max_grad_norm is not None)
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self._check_steps(val_loader is not None)
         self.stop_training = self.preempted = self.requeued = False
@@ -339,7 +342,7 @@ class GenericTrainer(TrainerHooks):
 
     def _make_store(self) -> CheckpointStore:
         settings = self.config.checkpoint
-        folder = Path(settings.checkpoint_dir)
+        folder = Path(settings.checkpoint_dir).expanduser()
         name = self.config.experiment_name
         if name is not None and (name in ("", ".", "..") or Path(name).name != name):
             raise ConfigurationError(f"experiment_name: received {name!r}; expected the name of a folder")
@@ -423,6 +426,7 @@ class GenericTrainer(TrainerHooks):
             trackers = content["trackers"]
             _LOGGER.info("the run goes on in epoch %d after step %d", state.epoch, state.global_step)
         self._step_at_start = self.global_step
+        train_mode_if_evaluating(self.model)
         if is_first_rank():
             loop.loggers = make_loggers(
                 self.config.logging,

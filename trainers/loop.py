@@ -282,7 +282,17 @@ class TrainingLoop:
 
     def _finish_epoch(self, epoch: int, is_validated: bool) -> None:
         trainer, config = self.trainer, self.trainer.config
-        logs = self.results.of_epoch(self._sums, self._val_sums, has_all=is_validated or self.val_loader is None)
+        try:
+            logs = self.results.of_epoch(self._sums, self._val_sums, has_all=is_validated or self.val_loader is None)
+        except TrainerError as error:
+            if self._sums.means():
+                raise
+            raise TrainerError(
+                f"epoch {epoch} has no metrics of its training",
+                received=f"{self._batch_idx} batches, all of them skipped because their loss was not finite",
+                expected="at least one that trains",
+                fix="Look at the data and the loss.",
+            ) from error
         trainer.set_phase(TrainerPhase.EPOCH_END)
         trainer.logs = logs
         trainer.call_hooks("on_epoch_end", epoch, logs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="folder of the pack, which holds pack.json")
     folder = parser.parse_args(arguments).folder.absolute()
     setup_logging(logging.INFO)
+    # Only now: our packages are imported, and the project's modules come before all others.
+    sys.path.insert(0, os.getcwd())
     run_pack(folder)
     return 0
 
