@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -342,7 +343,7 @@ class GenericTrainer(TrainerHooks):
 
     def _make_store(self) -> CheckpointStore:
         settings = self.config.checkpoint
-        folder = Path(settings.checkpoint_dir).expanduser()
+        folder = Path(os.path.expanduser(settings.checkpoint_dir))
         name = self.config.experiment_name
         if name is not None and (name in ("", ".", "..") or Path(name).name != name):
             raise ConfigurationError(f"experiment_name: received {name!r}; expected the name of a folder")

@@ -56,7 +56,7 @@ class LocalExecutor:
     """
 
     def check(self, plan: Plan) -> None:
-        """Raise `MissingScript` if there is no script, `ConfigurationError` on Windows and for a script within itself."""
+        """Raise `MissingScript` if there is no script, `ConfigurationError` on Windows or for a script in itself."""
         if sys.platform == "win32":
             raise ConfigurationError(
                 "execution_mode: received ExecutionMode.LOCAL on Windows, where child processes cannot be ended in "

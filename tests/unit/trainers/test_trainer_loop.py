@@ -473,6 +473,32 @@ def test_bad_arguments(tmp_path: Path) -> None:
         GenericTrainer({"max_epochs": 1})  # type: ignore[arg-type]
 
 
+class InfiniteGradient(GenericTrainer):
+    """Its second batch has a finite loss, and gradients that are not."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        logs = super().training_step(batch, batch_idx)
+        if batch_idx == 1:
+            logs["loss"] = logs["loss"] + (self.model[0].weight * 0).sum().sqrt()
+        return logs
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_weights_that_are_not_finite(policy: str, tmp_path: Path) -> None:
+    model, optimizer, _ = make_objects("single")
+    with pytest.raises(TrainerError, match=r"batch 2: .*The weights are not finite either \(0\.weight, "):
+        _fit(tmp_path, model, optimizer, trainer_class=InfiniteGradient, on_nan_loss=policy)
+
+
+def test_an_epoch_of_skipped_batches_has_no_metric(tmp_path: Path) -> None:
+    model, optimizer, _ = make_objects("single")
+    batches = [(torch.full((4, 3), math.nan), torch.ones(4, 1))] * 2
+    with pytest.raises(TrainerError, match="received 2 batches, all of them skipped"):
+        _fit(tmp_path / "monitored", model, optimizer, train=batches, on_nan_loss="skip", monitor="loss")
+    # Without need of a metric there is nothing wrong: the next epoch may have other batches.
+    assert _fit(tmp_path / "plain", model, optimizer, train=batches, on_nan_loss="skip").global_step == 0
+
+
 def test_subclass_with_its_own_model(tmp_path: Path) -> None:
     class Own(GenericTrainer):
         def __init__(self, config: GenericTrainerConfig, **keywords: Any) -> None:
