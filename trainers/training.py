@@ -390,8 +390,8 @@ def _not_finite(what: str, values: Any, broken: list[str], other_policy: str) ->
     if broken:
         names = ", ".join(broken[:3]) + (", ..." if broken[3:] else "")
         fix = (
-            f"The weights are not finite either ({names}), so no later loss can be: go on from an earlier checkpoint with "
-            "load_checkpoint(FILE), and lower the learning rate or look for what has no finite gradient, such as the "
-            "root of 0."
+            f"The weights are not finite either ({names}), so no later loss can be: go on from an earlier checkpoint "
+            "with load_checkpoint(FILE), and lower the learning rate or look for what has no finite gradient, such as "
+            "the root of 0."
         )
     return TrainerError(what, received=values, expected="finite numbers", fix=fix)
