@@ -7,6 +7,7 @@ on from there ends like one that was never left.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,8 @@ from trainers.training import Training, evaluating
 
 if TYPE_CHECKING:
     from trainers.generic import GenericTrainer
+
+_LOGGER = logging.getLogger(__name__)
 
 _IN_VALIDATION = (TrainerPhase.VAL_START_EPOCH, TrainerPhase.VAL_BATCH_END)
 _BETWEEN_EPOCHS = (TrainerPhase.EPOCH_END, TrainerPhase.TRAINING_COMPLETE)
@@ -86,6 +89,7 @@ class TrainingLoop:
         self._batch_idx = 0
         self._val_batch_idx = 0
         self._is_cut_short = False
+        self._left_out: set[str] = set()
 
     def run(self, start: ResumeState | None, loader_state: Mapping[str, Any] | None) -> None:
         """Train from the beginning, or from where a checkpoint was written, to the end.
@@ -216,6 +220,8 @@ class TrainingLoop:
                     self._sums.add(result.logs, self.early_stopping.active())
                 self._sums.num_samples += _num_samples(batch)
                 self._batch_idx += 1
+                if self._batch_idx == 1 and not result.is_skipped:
+                    self._warn_of_left_out("training_step", result.logs, self._sums)
                 trainer.set_phase(TrainerPhase.TRAIN_BATCH_END)
                 if progress.is_shown:
                     progress.advance(self._sums.means())
@@ -275,10 +281,26 @@ class TrainingLoop:
                 self._val_sums.add(logs, self.early_stopping.active())
                 self._val_sums.num_samples += _num_samples(batch)
                 self._val_batch_idx += 1
+                if self._val_batch_idx == 1:
+                    self._warn_of_left_out("validation_step", logs, self._val_sums)
                 trainer.set_phase(TrainerPhase.VAL_BATCH_END)
                 if progress.is_shown:
                     progress.advance(self._val_sums.means())
                 self.boundaries.leave_if_asked()
+
+    def _warn_of_left_out(self, step: str, logs: Mapping[str, Any], sums: MetricSums) -> None:
+        """Say once which values are no metrics; texts and None are not meant to be."""
+        kept = sums.means()
+        for key, value in logs.items():
+            if key not in kept and key not in self._left_out and not isinstance(value, str | None):
+                self._left_out.add(key)
+                received = f"tensor {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+                _LOGGER.warning(
+                    "%s: %r is left out of the metrics: received a %s; expected a number or a tensor of one element",
+                    step,
+                    key,
+                    received,
+                )
 
     def _finish_epoch(self, epoch: int, is_validated: bool) -> None:
         trainer, config = self.trainer, self.trainer.config

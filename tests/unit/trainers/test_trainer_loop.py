@@ -500,6 +500,21 @@ def test_an_epoch_of_skipped_batches_has_no_metric(tmp_path: Path) -> None:
     assert _fit(tmp_path / "plain", model, optimizer, train=batches, on_nan_loss="skip").global_step == 0
 
 
+def test_values_that_are_no_metrics_are_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Verbose(GenericTrainer):
+        def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+            return {**super().training_step(batch, batch_idx), "note": "text", "none": None, "parts": torch.ones(2)}
+
+        def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+            return {**super().validation_step(batch, batch_idx), "nested": {"a": 1}}
+
+    model, optimizer, _ = make_objects("single")
+    _fit(tmp_path, model, optimizer, val=make_loader("list"), trainer_class=Verbose, max_epochs=2)
+    left_out = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert [text.partition(" is")[0] for text in left_out] == ["training_step: 'parts'", "validation_step: 'nested'"]
+    assert "a tensor [2]" in left_out[0]
+
+
 def test_subclass_with_its_own_model(tmp_path: Path) -> None:
     class Own(GenericTrainer):
         def __init__(self, config: GenericTrainerConfig, **keywords: Any) -> None:
