@@ -277,7 +277,9 @@ def end_of(trainer: GenericTrainer, folder: Path) -> dict[str, Any]:
         **run_state(trainer),
         "checkpoint": {name: checkpoint[name] for name in kept},
         # A process that was killed before its first checkpoint has left metrics.1.csv: the next began anew.
-        "csv": {str(path.relative_to(folder)): path.read_text() for path in sorted((folder / "csv").rglob("metrics.csv"))},
+        "csv": {
+            str(path.relative_to(folder)): path.read_text() for path in sorted((folder / "csv").rglob("metrics.csv"))
+        },
     }
 
 
