@@ -276,7 +276,10 @@ def end_of(trainer: GenericTrainer, folder: Path) -> dict[str, Any]:
     return {
         **run_state(trainer),
         "checkpoint": {name: checkpoint[name] for name in kept},
-        "csv": {path.name: path.read_text() for path in sorted((folder / "csv").rglob("*.csv"))},
+        # A process that was killed before its first checkpoint has left metrics.1.csv: the next began anew.
+        "csv": {
+            str(path.relative_to(folder)): path.read_text() for path in sorted((folder / "csv").rglob("metrics.csv"))
+        },
     }
 
 

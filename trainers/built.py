@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from trainers.config.errors import ConfigurationError
 from trainers.config.schema import ExperimentConfig
+from trainers.nested_searches import importing_build
 from trainers.reproducibility import seed_everything
 from trainers.states import capture_rng_state, restore_rng_state
 
@@ -70,7 +71,8 @@ def load_build(path: str) -> Build:
     """
     module, _, name = path.partition(":")
     try:
-        build: Build = getattr(importlib.import_module(module), name)
+        with importing_build(path):
+            build: Build = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigurationError(
             f"build: received {path!r}, which cannot be imported: {error}; expected 'module:function', importable from "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import sys
 import time
@@ -27,6 +28,7 @@ from trainers.config import (
 from trainers.config.grid_files import base_from_file
 from trainers.executors import Job, Outcome, Plan, create_executor, create_launcher
 from trainers.grid_folder import GridFolder
+from trainers.nested_searches import refuse_while_importing
 from trainers.packing import pack
 
 DEFAULT_SCRIPT = Path("scripts", "train.py")
@@ -66,7 +68,7 @@ class ModelTrainingFramework:
         config_dir: str | Path | None = None,
         slurm_template_path: str | Path | None = None,
     ) -> None:
-        self.project_root = Path(project_root).absolute()
+        self.project_root = Path(os.path.expanduser(project_root)).absolute()
         if not self.project_root.is_dir():
             raise ConfigurationError(f"project_root: received {project_root}, which is no directory; expected one")
         self.slurm_template_path = None
@@ -142,6 +144,7 @@ class ModelTrainingFramework:
             trainers.config.errors.ValidationError: 1 problem in the grid search:
               - parameter_grids: received 0 grids, none with a parameter; expected at least one with some
         """
+        refuse_while_importing()
         start, moment = time.monotonic(), datetime.now()
         mode = _checked_mode(execution_mode)
         _check_jobs_at_once(max_concurrent_jobs)
@@ -208,11 +211,11 @@ class ModelTrainingFramework:
         return create_launcher("slurm", self.project_root, self.slurm_template_path)
 
     def _in_project(self, path: str | Path) -> Path:
-        return (self.project_root / path).absolute()
+        return (self.project_root / os.path.expanduser(path)).absolute()
 
     def _output_dir(self, output_dir: str | Path | None, moment: datetime) -> Path:
         if output_dir is not None:
-            return Path(output_dir).absolute()
+            return Path(os.path.expanduser(output_dir)).absolute()
         first = self.project_root / "experiments" / f"grid_search_{moment:%Y%m%d_%H%M%S}"
         numbered = (first.with_name(f"{first.name}_{number}") for number in itertools.count(2))
         return next(path for path in itertools.chain([first], numbered) if not path.exists())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -19,6 +20,7 @@ from trainers.checkpoint_files import checkpoint_timeout, preemption_timeout, re
 from trainers.config.errors import ConfigurationError
 from trainers.errors import MissingCheckpointError, TrainerError
 from trainers.executors import INTERRUPTED_EXIT_CODE
+from trainers.fit_arguments import check_fit_arguments
 from trainers.hooks import TrainerHooks
 from trainers.loader_processes import can_fork
 from trainers.loaders import make_resumable
@@ -33,7 +35,7 @@ from trainers.schedules import as_list
 from trainers.settings import GenericTrainerConfig
 from trainers.snapshot import apply_objects, apply_run, collect, is_finished, own_rank, warn_of_other_settings
 from trainers.states import ResumeState, TrainerPhase, restore_rng_state
-from trainers.training import AutogradTraining, FusedTraining, Training, as_pair, device_of
+from trainers.training import AutogradTraining, FusedTraining, Training, as_pair, device_of, train_mode_if_evaluating
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -168,11 +170,13 @@ class GenericTrainer(TrainerHooks):
 
         Raises:
             NotImplementedError: Neither a step function nor ``loss_fn``.
-            TrainerError: Training cannot go on, or cannot be resumed, or another process trains in the folder.
+            TrainerError: Model, optimizer and scheduler do not belong together; training cannot go on, or cannot be
+                resumed; another process trains in the folder.
             ConfigurationError: Settings do not fit the model or the scheduler, or were changed to what is refused.
             KeyboardInterrupt: After Ctrl-C, once the run is saved.
         """
         self.config.check()
+        check_fit_arguments(model, optimizer, scheduler, clips=self.config.max_grad_norm is not None)
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self._check_steps(val_loader is not None)
         self.stop_training = self.preempted = self.requeued = False
@@ -372,7 +376,7 @@ class GenericTrainer(TrainerHooks):
 
     def _make_store(self) -> CheckpointStore:
         settings = self.config.checkpoint
-        folder = Path(settings.checkpoint_dir)
+        folder = Path(os.path.expanduser(settings.checkpoint_dir))
         name = self.config.experiment_name
         if name is not None and (name in ("", ".", "..") or Path(name).name != name):
             raise ConfigurationError(f"experiment_name: received {name!r}; expected the name of a folder")
@@ -492,6 +496,7 @@ class GenericTrainer(TrainerHooks):
         else:
             self.store.best = None
         self._step_at_start = self.global_step
+        train_mode_if_evaluating(self.model)
         if is_first_rank():
             if goes_back:
                 self.store.set_aside_later_than(content)

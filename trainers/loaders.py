@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from mb_torch import MissingPackage
 from trainers.errors import TrainerError
@@ -113,8 +113,10 @@ def make_resumable(loader: Any, name: str, *, can_fork: bool = True) -> Resumabl
     if isinstance(loader, Iterator) or not isinstance(loader, Iterable):
         raise TrainerError(
             name,
-            received=f"a {type(loader).__name__}" + (" (which ends after one epoch)" if loader is not None else ""),
+            received=f"a {type(loader).__name__}"
+            + (" (which ends after one epoch)" if isinstance(loader, Iterator) else ""),
             expected="a DataLoader, a list of batches, or an iterable that can be iterated again",
+            fix="Wrap it in a DataLoader." if isinstance(loader, Dataset) else None,
         )
     return _SkippingLoader(loader, name)
 

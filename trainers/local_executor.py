@@ -22,6 +22,7 @@ from tqdm import tqdm
 from trainers.config.errors import ConfigurationError
 from trainers.config.files import write_atomically, written
 from trainers.executors import INTERRUPTED_EXIT_CODE, Job, MissingScript, Outcome, Plan, Task, read_record
+from trainers.nested_searches import environment_for, refuse_own_script
 from trainers.packing import forget_outcomes, read_outcomes
 
 _LOGGER = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class LocalExecutor:
     """
 
     def check(self, plan: Plan) -> None:
-        """Raise `MissingScript` if there is no script, and `ConfigurationError` on Windows."""
+        """Raise `MissingScript` if there is no script, `ConfigurationError` on Windows or for a script in itself."""
         if sys.platform == "win32":
             raise ConfigurationError(
                 "execution_mode: received ExecutionMode.LOCAL on Windows, where child processes cannot be ended in "
@@ -68,6 +69,8 @@ class LocalExecutor:
                 f"script_path: received {plan.script_path}, which does not exist; expected the training script. "
                 "Pass script_path=, or write the script. Nothing was started."
             )
+        if plan.build is None:
+            refuse_own_script(plan.script_path)
 
     def run(self, plan: Plan) -> Generator[Outcome]:
         """Run all experiments, at most ``max_concurrent_jobs`` (default 1) at once."""
@@ -130,6 +133,7 @@ def _start(task: Task, plan: Plan, at_once: int) -> _Child:
                 stdout=out,
                 stderr=err,
                 cwd=plan.project_root,
+                env=None if task.is_pack else environment_for(plan.script_path),
                 start_new_session=True,
                 pass_fds=() if plan.lock is None else (plan.lock,),
             )

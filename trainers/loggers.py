@@ -10,8 +10,11 @@ from __future__ import annotations
 import contextlib
 import csv
 import importlib
+import itertools
 import logging
 import os
+import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +24,8 @@ from mb_torch import MissingPackage
 from trainers.config.schema import LoggingConfig
 from trainers.errors import TrainerError
 from trainers.utils.logging import DEFAULT_FORMAT
+
+_LOGGER = logging.getLogger(__name__)
 
 _COLUMNS = ["step", "epoch", "name", "value"]
 
@@ -49,26 +54,36 @@ class CsvLogger:
 
     Args:
         folder: Of the file; made if it does not exist.
-        rows: Of the file that the run had written at the checkpoint that is resumed; later ones are removed.
+        rows: Of the file that the run had written at the checkpoint that is resumed; later ones are removed. None for
+            a file that begins anew: one that is there is moved to ``metrics.1.csv``, or the next free number.
+
+    Raises:
+        TrainerError: The file cannot be written.
     """
 
     name = "csv"
 
-    def __init__(self, folder: Path, rows: int = 0) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, rows: int | None = None) -> None:
         self._path = folder / "metrics.csv"
-        kept = _first_rows(self._path, rows) if rows and self._path.is_file() else []
         # A file of its own first: a run that is killed here keeps what it had.
         temporary = self._path.with_name(f".{self._path.name}.{uuid4().hex}.tmp")
-        with temporary.open("x", newline="", encoding="utf-8") as stream:
-            csv.writer(stream).writerows([_COLUMNS, *kept])
-        temporary.replace(self._path)
+        with _named(self._path):
+            folder.mkdir(parents=True, exist_ok=True)
+            kept = _first_rows(self._path, rows) if rows and self._path.is_file() else []
+            try:
+                with temporary.open("x", newline="", encoding="utf-8") as stream:
+                    csv.writer(stream).writerows([_COLUMNS, *kept])
+                if rows is None and self._path.exists():
+                    _move_aside(self._path)
+                temporary.replace(self._path)
+            finally:
+                temporary.unlink(missing_ok=True)
         self._rows = len(kept)
 
     def log(self, values: Mapping[str, float], epoch: int, step: int) -> None:
         """See `MetricLogger`."""
         # Not kept open: a process may write the files of more experiments than it may have files open.
-        with self._path.open("a", newline="", encoding="utf-8") as stream:
+        with _named(self._path), self._path.open("a", newline="", encoding="utf-8") as stream:
             csv.writer(stream).writerows([step, epoch, name, repr(value)] for name, value in values.items())
         self._rows += len(values)
 
@@ -184,9 +199,9 @@ def make_loggers(
     below = run_name or ""
     states = trackers or {}
     if config.csv_log_dir is not None:
-        loggers.append(CsvLogger(Path(config.csv_log_dir, below), states.get("csv", {}).get("rows", 0)))
+        loggers.append(CsvLogger(_folder(config.csv_log_dir, below), states.get("csv", {}).get("rows")))
     if config.tensorboard_dir is not None:
-        loggers.append(TensorBoardLogger(Path(config.tensorboard_dir, below), resumed_at))
+        loggers.append(TensorBoardLogger(_folder(config.tensorboard_dir, below), resumed_at))
     if config.use_wandb:
         loggers.append(WandbLogger(config, run_name, settings, states.get("wandb", {}).get("run_id")))
     return loggers
@@ -213,8 +228,9 @@ def messages_as_configured(config: LoggingConfig) -> Iterator[None]:
     if config.console_log and not logger.hasHandlers():
         handlers.append(logging.StreamHandler())
     if config.log_file is not None:
-        os.makedirs(os.path.dirname(config.log_file) or ".", exist_ok=True)
-        handlers.append(logging.FileHandler(config.log_file, encoding="utf-8"))
+        path = os.path.expanduser(config.log_file)
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        handlers.append(_LogFile(path, encoding="utf-8"))
     before = logger.level
     logger.setLevel(level)
     for handler in handlers:
@@ -229,6 +245,53 @@ def messages_as_configured(config: LoggingConfig) -> Iterator[None]:
             handler.close()
 
 
+class _LogFile(logging.FileHandler):
+    """Messages in a file; that it cannot be written any more does not end a run, and is said once."""
+
+    has_failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exception()
+        if isinstance(error, OSError):
+            self._warn(error)
+        else:
+            super().handleError(record)
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError as error:
+            self._warn(error)
+
+    def _warn(self, error: OSError) -> None:
+        if not self.has_failed:
+            self.has_failed = True
+            warnings.warn(f"{self.baseFilename}: messages are lost, because {error}", stacklevel=2)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Say which file cannot be written: errors of a full disk do not."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainerError(
+            f"{path} cannot be written: {error.strerror or error}", fix="Make room, or choose another folder."
+        ) from error
+
+
+def _move_aside(path: Path) -> None:
+    """Keep an earlier run's file, or the user's own."""
+    numbered = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
+    free = next(candidate for candidate in numbered if not candidate.exists())
+    path.rename(free)
+    _LOGGER.info("%s was there already and is %s now", path, free.name)
+
+
+def _folder(path: str, below: str) -> Path:
+    return Path(os.path.expanduser(path), below)
+
+
 def _import(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
@@ -240,5 +303,6 @@ def _import(module: str, package: str) -> Any:
 
 
 def _first_rows(path: Path, count: int) -> list[list[str]]:
-    with path.open(newline="", encoding="utf-8") as stream:
-        return list(csv.reader(stream))[1 : count + 1]
+    # What follows the rows may be of a machine that failed: broken bytes.
+    with path.open(newline="", encoding="utf-8", errors="replace") as stream:
+        return list(itertools.islice(csv.reader(stream), 1, count + 1))

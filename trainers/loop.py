@@ -7,6 +7,7 @@ on from there ends like one that was never left.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ from trainers.training import Training, evaluating
 
 if TYPE_CHECKING:
     from trainers.generic import GenericTrainer
+
+_LOGGER = logging.getLogger(__name__)
 
 _IN_VALIDATION = (TrainerPhase.VAL_START_EPOCH, TrainerPhase.VAL_BATCH_END)
 _BETWEEN_EPOCHS = (TrainerPhase.EPOCH_END, TrainerPhase.TRAINING_COMPLETE)
@@ -89,6 +92,7 @@ class TrainingLoop:
         self._is_cut_short = False
         # Whether loaders and generators are where the counters say; in a resumed run they are later.
         self._is_in_place = False
+        self._left_out: set[str] = set()
 
     def run(self, start: ResumeState | None, loader_state: Mapping[str, Any] | None) -> None:
         """Train from the beginning, or from where a checkpoint was written, to the end.
@@ -234,6 +238,8 @@ class TrainingLoop:
                     self._sums.add(result.logs, self.early_stopping.active())
                 self._sums.num_samples += _num_samples(batch)
                 self._batch_idx += 1
+                if self._batch_idx == 1 and not result.is_skipped:
+                    self._warn_of_left_out("training_step", result.logs, self._sums)
                 trainer.set_phase(TrainerPhase.TRAIN_BATCH_END)
                 if progress.is_shown:
                     progress.advance(self._sums.means())
@@ -294,6 +300,8 @@ class TrainingLoop:
                 self._val_sums.add(logs, self.early_stopping.active())
                 self._val_sums.num_samples += _num_samples(batch)
                 self._val_batch_idx += 1
+                if self._val_batch_idx == 1:
+                    self._warn_of_left_out("validation_step", logs, self._val_sums)
                 trainer.set_phase(TrainerPhase.VAL_BATCH_END)
                 if progress.is_shown:
                     progress.advance(self._val_sums.means())
@@ -301,10 +309,34 @@ class TrainingLoop:
         if not self._val_batch_idx:
             raise TrainerError("val_loader", received="no batch in a validation", expected="at least one, or None")
 
+    def _warn_of_left_out(self, step: str, logs: Mapping[str, Any], sums: MetricSums) -> None:
+        """Say once which values are no metrics; texts and None are not meant to be."""
+        kept = sums.means()
+        for key, value in logs.items():
+            if key not in kept and key not in self._left_out and not isinstance(value, str | None):
+                self._left_out.add(key)
+                received = f"tensor {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+                _LOGGER.warning(
+                    "%s: %r is left out of the metrics: received a %s; expected a number or a tensor of one element",
+                    step,
+                    key,
+                    received,
+                )
+
     def _finish_epoch(self, epoch: int) -> None:
         trainer, config = self.trainer, self.trainer.config
         logs = self.results.of_epoch(self._sums, self._val_sums)
-        self.results.act_on(logs, has_all=self.has_all_logs(epoch))
+        try:
+            self.results.act_on(logs, has_all=self.has_all_logs(epoch))
+        except TrainerError as error:
+            if self._sums.means():
+                raise
+            raise TrainerError(
+                f"epoch {epoch} has no metrics of its training",
+                received=f"{self._batch_idx} batches, all of them skipped because their loss was not finite",
+                expected="at least one that trains",
+                fix="Look at the data and the loss.",
+            ) from error
         trainer.set_phase(TrainerPhase.EPOCH_END)
         trainer.logs = logs
         trainer.call_hooks("on_epoch_end", epoch, logs)

@@ -132,9 +132,10 @@ def pack_command(folder: str) -> list[str]:
 
     Example:
         >>> pack_command("packs/pack_4e45644694eb")[1:]
-        ['-m', 'trainers.packed', 'packs/pack_4e45644694eb']
+        ['-P', '-m', 'trainers.packed', 'packs/pack_4e45644694eb']
     """
-    return [sys.executable, "-m", "trainers.packed", folder]
+    # -P: a folder of the project that is called like one of our packages must not take its place.
+    return [sys.executable, "-P", "-m", "trainers.packed", folder]
 
 
 def read_outcomes(folder: Path) -> dict[str, dict[str, Any]]:

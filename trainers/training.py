@@ -185,9 +185,11 @@ class AutogradTraining(_Base):
     def _is_to_be_skipped(self, loss: Tensor, batch_idx: int) -> bool:
         if _are_finite(loss.detach()):
             return False
-        if self._nan_policy == "stop":
-            raise _not_finite(f"batch {batch_idx}: the loss", loss.detach().tolist(), "'skip' leaves such batches out")
-        _LOGGER.warning("batch %d is skipped: its loss is %s", batch_idx, loss.detach().tolist())
+        values, broken = loss.detach().tolist(), _broken_weights(self.model)
+        if self._nan_policy == "stop" or broken:
+            other = "on_nan_loss='skip' leaves such batches out"
+            raise _not_finite(f"batch {batch_idx}: the loss", values, broken, other)
+        _LOGGER.warning("batch %d is skipped: its loss is %s", batch_idx, values)
         return True
 
 
@@ -253,7 +255,8 @@ class FusedTraining(_Base):
         values = self._diverged(losses)
         if values:
             if self._nan_policy == "stop":
-                raise _not_finite(f"batch {batch_idx}: the loss of models", values, "'freeze' stops these models only")
+                other = "on_nan_loss='freeze' stops these models only"
+                raise _not_finite(f"batch {batch_idx}: the loss of models", values, [], other)
             self._freeze(values)
         self.micro_step = (self.micro_step + 1) % self._accumulate
         return BatchResult({"loss": losses}, self.micro_step == 0)
@@ -316,6 +319,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def train_mode_if_evaluating(model: nn.Module) -> None:
+    """Put a model into training mode if all of it is in evaluation mode; parts of it may be so on purpose.
+
+    Args:
+        model: A module or a `ModelBatch`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Dropout(), nn.Dropout()).eval()
+        >>> train_mode_if_evaluating(model)
+        >>> model[1].training
+        True
+    """
+    if not any(module.training for module in model.modules()):
+        model.train()
+
+
 def as_pair(batch: Any, device: torch.device) -> tuple[Any, Any]:
     """Return ``(inputs, targets)`` on the model's device.
 
@@ -361,10 +380,18 @@ def _are_finite(losses: Tensor) -> bool:
     return math.isfinite(float(losses.sum())) or bool(losses.isfinite().all())
 
 
-def _not_finite(what: str, values: Any, other_policy: str) -> TrainerError:
-    return TrainerError(
-        what,
-        received=values,
-        expected="finite numbers",
-        fix=f"Lower the learning rate or look at the data; on_nan_loss={other_policy}.",
-    )
+def _broken_weights(model: nn.Module) -> list[str]:
+    """Names of the trained parameters that are not finite any more: no loss will be finite again."""
+    return [name for name, value in model.named_parameters() if value.requires_grad and not value.isfinite().all()]
+
+
+def _not_finite(what: str, values: Any, broken: list[str], other_policy: str) -> TrainerError:
+    fix = f"Lower the learning rate or look at the data; {other_policy}."
+    if broken:
+        names = ", ".join(broken[:3]) + (", ..." if broken[3:] else "")
+        fix = (
+            f"The weights are not finite either ({names}), so no later loss can be: go on from an earlier checkpoint "
+            "with load_checkpoint(FILE), and lower the learning rate or look for what has no finite gradient, such as "
+            "the root of 0."
+        )
+    return TrainerError(what, received=values, expected="finite numbers", fix=fix)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--packs-at-once", type=int, default=1, help="how many packs share this machine's memory")
     options = parser.parse_args(arguments)
     setup_logging(logging.INFO)
-    run_pack(options.folder.absolute(), options.packs_at_once)
+    folder = options.folder.absolute()
+    # Only now: our packages are imported, and the project's modules come before all others.
+    sys.path.insert(0, os.getcwd())
+    run_pack(folder, options.packs_at_once)
     return 0
 
 

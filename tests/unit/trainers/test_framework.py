@@ -199,7 +199,7 @@ def test_local_with_built_experiments(building: ModelTrainingFramework, tmp_path
         record = json.loads((out / name / "job.json").read_text())
         expected = {"executor": "local", "job_id": f"local-{index}", "state": state, "exit_code": 0}
         assert record.items() >= expected.items()
-        assert record["command"] == [sys.executable, "-m", "trainers.packed", str(pack)]
+        assert record["command"] == [sys.executable, "-P", "-m", "trainers.packed", str(pack)]
         for made in ("metrics.csv", "checkpoints/latest.ckpt"):
             assert (out / name / made).exists() == (state == "COMPLETED")
     assert (pack / "local.out").read_text() == f"built {names[0]}\nbuilt {names[2]}\n"
@@ -224,8 +224,8 @@ def test_dry_run_with_built_experiments(building: ModelTrainingFramework, tmp_pa
     names = [config.experiment_name for config in result.generated_experiments]
     out = tmp_path / "out"
     commands = [shlex.split(line) for line in (out / "commands.txt").read_text().splitlines()]
-    assert [command[:3] for command in commands] == [[sys.executable, "-m", "trainers.packed"]] * 2
-    asked = [json.loads(Path(command[3], "pack.json").read_text()) for command in commands]
+    assert [command[:4] for command in commands] == [[sys.executable, "-P", "-m", "trainers.packed"]] * 2
+    asked = [json.loads(Path(command[4], "pack.json").read_text()) for command in commands]
     assert [own["experiments"] for own in asked] == [names[:2], names[2:]]
     assert {(own["build"], own["backend"]) for own in asked} == {("experiments_for_tests:build", "torch")}
     assert not list(out.rglob("outcome.json"))

@@ -256,7 +256,7 @@ def test_a_killed_pack_ends_to_the_bit_as_one_that_is_not(tmp_path: Path, monkey
     folder = write_pack(tmp_path / "killed", configs)
     stop_at(monkeypatch, 2 * BATCHES + 2, "SIGKILL")
     path = os.pathsep.join([str(ROOT), str(ROOT / "compat")])
-    command = [sys.executable, "-m", "trainers.packed", str(folder)]
+    command = [sys.executable, "-P", "-m", "trainers.packed", str(folder)]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert set(states(json.loads((folder / "outcome.json").read_text())).values()) == {INTERRUPTED}

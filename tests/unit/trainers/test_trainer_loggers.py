@@ -159,3 +159,37 @@ def test_progress(stream: io.StringIO, wanted: bool, shown: bool, monkeypatch: p
     with Progress("epoch 3", total=4, done=1, is_wanted=wanted) as progress:
         progress.advance({"loss": 0.25})
     assert ("epoch 3" in stream.getvalue()) == shown
+
+
+def test_a_new_run_keeps_the_files_that_are_there(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("my own")
+    for name in ("first", "second"):
+        run(tmp_path / name, logging=_logging(csv_log_dir=str(tmp_path)))
+    assert (tmp_path / "metrics.1.csv").read_text() == "my own"
+    assert (tmp_path / "metrics.2.csv").read_text() == (tmp_path / "metrics.csv").read_text()
+    assert sorted(path.name for path in tmp_path.glob("*metrics*")) == ["metrics.1.csv", "metrics.2.csv", "metrics.csv"]
+
+
+def test_broken_bytes_behind_the_rows_of_a_resumed_run(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"logging": _logging(csv_log_dir=str(tmp_path))}
+    run(tmp_path / "run", stop_at=9, **settings)
+    with (tmp_path / "metrics.csv").open("ab") as stream:
+        stream.write(b"\xff\xfe\x00broken")
+    run(tmp_path / "run", **settings)
+    run(tmp_path / "whole", logging=_logging(csv_log_dir=str(tmp_path / "logs")))
+    assert (tmp_path / "metrics.csv").read_bytes() == (tmp_path / "logs" / "metrics.csv").read_bytes()
+
+
+def test_csv_file_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "logs").write_text("no folder")
+    with pytest.raises(TrainerError, match=r"metrics\.csv cannot be written"):
+        run(tmp_path / "run", logging=_logging(csv_log_dir=str(tmp_path / "logs")))
+
+
+def test_log_file_on_a_full_disk_does_not_end_a_run(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    with pytest.warns(UserWarning, match="messages are lost") as caught:
+        trainer = run(tmp_path, logging=_logging(log_file="/dev/full", console_log=False))
+    assert trainer.current_phase.name == "TRAINING_COMPLETE"
+    assert sum("messages are lost" in str(warning.message) for warning in caught) == 1

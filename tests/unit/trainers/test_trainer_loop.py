@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -473,6 +474,47 @@ def test_bad_arguments(tmp_path: Path) -> None:
         _fit(tmp_path, model, optimizer, scheduler=object())
     with pytest.raises(ConfigurationError, match="from_experiment_config"):
         GenericTrainer({"max_epochs": 1})  # type: ignore[arg-type]
+
+
+class InfiniteGradient(GenericTrainer):
+    """Its second batch has a finite loss, and gradients that are not."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        logs = super().training_step(batch, batch_idx)
+        if batch_idx == 1:
+            logs["loss"] = logs["loss"] + (self.model[0].weight * 0).sum().sqrt()
+        return logs
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_weights_that_are_not_finite(policy: str, tmp_path: Path) -> None:
+    model, optimizer, _ = make_objects("single")
+    with pytest.raises(TrainerError, match=r"batch 2: .*The weights are not finite either \(0\.weight, "):
+        _fit(tmp_path, model, optimizer, trainer_class=InfiniteGradient, on_nan_loss=policy)
+
+
+def test_an_epoch_of_skipped_batches_has_no_metric(tmp_path: Path) -> None:
+    model, optimizer, _ = make_objects("single")
+    batches = [(torch.full((4, 3), math.nan), torch.ones(4, 1))] * 2
+    with pytest.raises(TrainerError, match="received 2 batches, all of them skipped"):
+        _fit(tmp_path / "monitored", model, optimizer, train=batches, on_nan_loss="skip", monitor="loss")
+    # Without need of a metric there is nothing wrong: the next epoch may have other batches.
+    assert _fit(tmp_path / "plain", model, optimizer, train=batches, on_nan_loss="skip").global_step == 0
+
+
+def test_values_that_are_no_metrics_are_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Verbose(GenericTrainer):
+        def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+            return {**super().training_step(batch, batch_idx), "note": "text", "none": None, "parts": torch.ones(2)}
+
+        def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+            return {**super().validation_step(batch, batch_idx), "nested": {"a": 1}}
+
+    model, optimizer, _ = make_objects("single")
+    _fit(tmp_path, model, optimizer, val=make_loader("list"), trainer_class=Verbose, max_epochs=2)
+    left_out = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert [text.partition(" is")[0] for text in left_out] == ["training_step: 'parts'", "validation_step: 'nested'"]
+    assert "a tensor [2]" in left_out[0]
 
 
 def test_subclass_with_its_own_model(tmp_path: Path) -> None:
