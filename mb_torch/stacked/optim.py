@@ -238,7 +238,9 @@ class StackedOptimizer(PerModelOptimizer):
         hyper = self._read_groups()
         plan = self._compilable(tuple(present) if present is not None else (True,) * len(self._stacks), hyper.flags)
         ticking = None if active is None else active.to(self._device)
-        clocks, names, numbers = {}, (), []
+        clocks: dict[int, list[Value]] = {}
+        names: tuple[str, ...] = ()
+        numbers: list[Tensor] = []
         for index in plan.clocks:
             now = self._stacked_state.clocks[index]
             clocks[index], own = next_step(self.rule, now, hyper.values, hyper.flags, ticking)
