@@ -53,12 +53,14 @@ class CheckpointFile:
         step: Optimizer steps done.
         place: How far the run was, to be compared; not the time, since clocks jump.
         value: Of the monitored metric; None for saves within an epoch.
+        is_own: Whether it was saved under this name; a copy that somebody made is theirs to delete.
     """
 
     name: str
     step: int
     place: tuple[int, ...]
     value: float | None
+    is_own: bool = True
 
 
 class CheckpointStore:
@@ -119,7 +121,11 @@ class CheckpointStore:
             yield
 
     def look(self) -> None:
-        """Look through the files there are; one that cannot be read is left where it is, with a warning."""
+        """Look through the files there are; a damaged one is left where it is, with a warning.
+
+        Raises:
+            TrainerError: A file cannot be read, for a reason that says nothing about its content.
+        """
         self.files = []
         for path in sorted(self.folder.glob("*.ckpt")):
             if path.is_file() and not path.is_symlink():
@@ -128,12 +134,15 @@ class CheckpointStore:
                 except DamagedCheckpointError as error:
                     _LOGGER.warning("%s; the file is skipped", error)
                     continue
+                except MissingCheckpointError:
+                    continue  # another process trains here, and keeps only so many
                 self.files.append(
                     CheckpointFile(
                         path.name,
                         content["global_step"],
                         _place_in(content["resume_state"]),
                         self._value_in(content),
+                        is_own=content.get("file", path.name) == path.name,
                     )
                 )
         self.files.sort(key=lambda file: (file.step, file.place))
@@ -228,6 +237,7 @@ class CheckpointStore:
                 best = {**best, "file": None}
         content["best"] = None if best is None else dict(best)
         content["is_ranked"] = is_ranked
+        content["file"] = name
         path = self.folder / name
         write_checkpoint(content, path, time.monotonic() + seconds, lambda: timeout_error(seconds))
         self.best = best
@@ -299,13 +309,13 @@ class CheckpointStore:
             return
         best = None if self.best is None else self.best["file"]
         kept = {self.files[-1].name, *(file.name for file in self.files if file.name == best)}
-        for file in sorted(self.files, key=self._rank):
+        for file in sorted((file for file in self.files if file.is_own), key=self._rank):
             if len(kept) < self._keep:
                 kept.add(file.name)
         for file in self.files:
-            if file.name not in kept:
+            if file.is_own and file.name not in kept:
                 (self.folder / file.name).unlink(missing_ok=True)
-        self.files = [file for file in self.files if file.name in kept]
+        self.files = [file for file in self.files if file.name in kept or not file.is_own]
 
     def _rank(self, file: CheckpointFile) -> tuple[bool, float, int]:
         """Sorts what is to be kept first to the front: by value, then the newest."""
@@ -315,6 +325,10 @@ class CheckpointStore:
         return False, file.value if self._mode == "min" else -file.value, age
 
     def _link(self, link: str, target: str) -> None:
+        path = self.folder / link
+        if path.exists() and not path.is_symlink():
+            path.replace(self.folder / (link + SET_ASIDE))
+            _LOGGER.warning("%s was a file, not the link that belongs there; its name now ends in %r", path, SET_ASIDE)
         temporary = self.folder / f".{link}.{uuid4().hex}.tmp"
         try:
             temporary.symlink_to(target)
@@ -323,11 +337,11 @@ class CheckpointStore:
                 raise
             # The checkpoint itself is complete, and nothing here needs the links.
             if self._makes_links:
-                _LOGGER.warning("%s: no link can be made there (%s), so there is none", self.folder / link, error)
+                _LOGGER.warning("%s: no link can be made there (%s), so there is none", path, error)
             self._makes_links = False
-            (self.folder / link).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
             return
-        temporary.replace(self.folder / link)
+        temporary.replace(path)
         flush_folder(self.folder)
 
 

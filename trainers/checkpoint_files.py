@@ -7,6 +7,7 @@ A file holds tensors on the CPU, numbers, strings, lists and dicts, so ``torch.l
 from __future__ import annotations
 
 import contextlib
+import errno
 import numbers
 import os
 import threading
@@ -97,15 +98,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         MissingCheckpointError: There is no such file.
         DamagedCheckpointError: It is truncated or altered, or holds something that would have to be executed.
-        TrainerError: It is of another format version.
+        TrainerError: It is of another format version, or may be whole but cannot be read.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
     except FileNotFoundError as error:
         raise MissingCheckpointError(f"{path} does not exist") from error
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
-        raise DamagedCheckpointError(f"{path} is no checkpoint: {error}") from error
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, MemoryError) as error:
+        raise _unusable(path, f"is no checkpoint: {error}", error) from error
     if bad is not None:
         raise DamagedCheckpointError(f"{path} is damaged in {bad!r}")
     content = read_header(path, map_file=False)
@@ -130,20 +131,37 @@ def read_header(path: Path, *, map_file: bool = True) -> dict[str, Any]:
         Its content.
 
     Raises:
-        DamagedCheckpointError: It cannot be read, or is something else.
+        MissingCheckpointError: There is no such file.
+        DamagedCheckpointError: It is truncated, or something else.
+        TrainerError: It may be whole but cannot be read.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=map_file)
     except Exception as error:  # torch.load has no one error for a damaged file
         # Further lines of torch's message advise to open files without its safety.
         cause = str(error).strip().split("\n", 1)[0].split(". ", 1)[0]
-        raise DamagedCheckpointError(f"{path} cannot be read: {cause}") from error
+        raise _unusable(path, f"cannot be read: {cause}", error) from error
     needed = {"format_version", "global_step", "save_timestamp", "metrics", "resume_state"}
     if not isinstance(content, dict) or not needed <= set(content):
         raise DamagedCheckpointError(
             f"{path}", received="something else", expected=f"a checkpoint with the keys {sorted(needed)}"
         )
     return content
+
+
+def _unusable(path: Path, what: str, error: BaseException) -> TrainerError:
+    """Tell a damaged file, in whose place an older one is used, from one that cannot be read for now."""
+    if isinstance(error, FileNotFoundError):
+        return MissingCheckpointError(f"{path} does not exist")
+    # A broken archive makes zipfile read at impossible places.
+    of_system = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+    if of_system or isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return TrainerError(
+            f"{path} cannot be read: {error}",
+            fix="It may be whole, so nothing is trained in its place: make it readable and start the same command "
+            "again, or rename it if it is lost.",
+        )
+    return DamagedCheckpointError(f"{path} {what}")
 
 
 def write_checkpoint(

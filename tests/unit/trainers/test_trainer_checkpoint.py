@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 
 from tests.training_runs import Recorder, assert_identical, final_state, make_loader, make_objects, run
 from trainers.callbacks import TrainingCallback
-from trainers.checkpoint import CheckpointStore
+from trainers.checkpoint import LATEST, SET_ASIDE, CheckpointStore
 from trainers.checkpoint_files import read_checkpoint, to_plain
 from trainers.config.errors import ConfigurationError
 from trainers.errors import CheckpointTimeoutError, DamagedCheckpointError, PreemptionTimeoutError, TrainerError
@@ -197,6 +198,38 @@ def test_one_name_for_all_keeps_no_false_best(tmp_path: Path, caplog: pytest.Log
 
 class Dies(BaseException):
     pass
+
+
+def test_files_that_somebody_else_put_there_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(tmp_path, "single", max_epochs=1, save_top_k=2)
+    first = next(path for path in tmp_path.glob("epoch*.ckpt"))
+    favourite = shutil.copy(first, tmp_path / "favourite.ckpt")
+    (tmp_path / LATEST).unlink()
+    (tmp_path / LATEST).write_bytes(b"mine")
+    run(tmp_path, "single", max_epochs=4, save_top_k=2)
+    assert Path(favourite).exists()
+    assert len([*tmp_path.glob("epoch*.ckpt")]) == 2
+    assert (tmp_path / (LATEST + SET_ASIDE)).read_bytes() == b"mine"
+    assert "was a file" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "error",
+    [PermissionError(13, "denied"), OSError(5, "I/O error"), MemoryError(), RuntimeError("can't allocate memory")],
+)
+def test_a_checkpoint_that_cannot_be_read_for_now_is_not_trained_over(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path, max_epochs=1)
+    files = {path: path.read_bytes() for path in tmp_path.glob("*.ckpt")}
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "load", fails)
+    with pytest.raises(TrainerError, match="may be whole"):
+        run(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.ckpt")} == files
 
 
 @pytest.mark.parametrize("moment", ["torch.save", "os.fsync", "pathlib.Path.replace"])
