@@ -52,10 +52,6 @@ def can_fork(model: nn.Module) -> bool:
 
     Returns:
         False from the first model on whose backend has threads that a forked process would lack.
-
-    Example:
-        >>> can_fork(nn.Linear(1, 1))
-        True
     """
     if isinstance(model, ModelBatch) and not model.backend.capabilities.survives_fork:
         _threaded_backends.add(model.backend.name)
