@@ -194,14 +194,7 @@ class GenericTrainer(TrainerHooks):
                     if content is not None:
                         warn_of_other_settings(self, loop.schedulers, content)
                     if content is not None and is_finished(content, self.config):
-                        apply_objects(self, loop.schedulers, content)
-                        apply_run(self, loop, content)
-                        state, _ = own_rank(content)
-                        self._set_position(state)
-                        if state.rng is not None:
-                            # Where the run was killed after its last save, the program goes on as after the run itself.
-                            restore_rng_state(state.rng)
-                        _LOGGER.info("this run is complete: its weights were loaded, and nothing is trained")
+                        self._load_complete(loop, content)
                     else:
                         self._run(loop, content, goes_back=goes_back)
         finally:
@@ -470,6 +463,20 @@ class GenericTrainer(TrainerHooks):
 
     def _set_position(self, state: ResumeState) -> None:
         self.current_phase, self.current_epoch, self.global_step = state.phase, state.epoch, state.global_step
+
+    def _load_complete(self, loop: TrainingLoop, content: dict[str, Any]) -> None:
+        apply_objects(self, loop.schedulers, content)
+        apply_run(self, loop, content)
+        state, _ = own_rank(content)
+        self._set_position(state)
+        if state.rng is not None:
+            # Where the run was killed after its last save, the program goes on as after the run itself.
+            restore_rng_state(state.rng)
+        _LOGGER.warning(
+            "the run in %s is complete: its weights were loaded, and nothing is trained. For a new run give another "
+            "experiment_name or checkpoint_dir; for a longer one raise max_epochs or max_steps",
+            self.store.folder,
+        )
 
     def _run(self, loop: TrainingLoop, content: dict[str, Any] | None, *, goes_back: bool) -> None:
         self._loop, self._saved_at = loop, None
