@@ -23,6 +23,7 @@ from mb_torch.errors import (
     ModelBatchError,
     Unsupported,
 )
+from mb_torch.host_memory import keep_freed_memory
 from mb_torch.numerics import numerics
 from mb_torch.optimizer import (
     OptimizerFactory,
@@ -66,6 +67,7 @@ __all__ = [
     "create_random_masks",
     "create_sgd_configs",
     "init_distributed",
+    "keep_freed_memory",
     "make_joint_step",
     "numerics",
     "process_rank",

@@ -21,6 +21,9 @@ def keep_freed_memory() -> None:
 
     Nothing happens where the user has chosen thresholds (``MALLOC_TRIM_THRESHOLD_`` or ``MALLOC_MMAP_THRESHOLD_`` in
     the environment) or where the C library is another one; see man 3 mallopt.
+
+    Example:
+        >>> keep_freed_memory()
     """
     if {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys():
         return

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from mb_torch import GradScaler, ModelBatch
+from mb_torch import GradScaler, ModelBatch, keep_freed_memory
 from trainers.config.errors import ConfigurationError
 from trainers.errors import TrainerError
 from trainers.per_model import PerModel
@@ -120,6 +120,8 @@ class AutogradTraining(_Base):
             )
         self._training_step = training_step
         self._set_phase = set_phase
+        # As a `ModelBatch` does: gradients and activations are as large in the next step.
+        keep_freed_memory()
         optimizer.zero_grad(set_to_none=True)
 
     def train_batch(self, batch: Any, batch_idx: int) -> BatchResult:
