@@ -213,7 +213,7 @@ class CheckpointStore:
 
         Args:
             name: Of the file; one that exists is replaced.
-            content: Plain data, see `to_plain`. Its ``"best"`` is set here.
+            content: Plain data, see `to_plain`. Its ``"best"``, ``"is_ranked"`` and ``"file"`` are set here.
             is_ranked: Whether its metrics are those of the state that is saved.
             seconds: How long writing may take.
             timeout_error: Makes the error for a save that takes longer.

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from mb_torch import ModelBatch, OptimizerFactory
-from trainers import loader_randomness, loop, states
+from tests.training_runs import run
+from trainers import loader_randomness, loop, states, training
 from trainers.errors import TrainerError
 from trainers.generic import GenericTrainer
 from trainers.metrics import EarlyStopping, MetricSums
@@ -143,3 +144,10 @@ def test_the_models_that_train_are_always_those_that_were_not_stopped() -> None:
     assert early.active().tolist() == [False, False, True]
     early.load_state_dict({"best": [1.0] * 3, "waited": [0] * 3, "stopped": {}})
     assert early.active() is None
+
+
+def test_memory_that_a_step_frees_is_kept_for_the_next(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(training, "keep_freed_memory", lambda: calls.append("kept"))
+    run(tmp_path, "single")
+    assert calls == ["kept"]
