@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cnn_step, comparison, mlp_step, peers, report, trainer_overhead, xla_step
+from benchmarks import cnn_step, comparison, mlp_step, peers, report, resnet_step, trainer_overhead, xla_step
 from benchmarks.bars import PEERS, Bar
 from benchmarks.floors import floor_of, measure_rates
 from benchmarks.measure import CHECKED_STEPS, Disagreement, agree_in_float64, peak_memory, race
@@ -23,6 +23,7 @@ BENCHMARKS = {
     "xla": xla_step.plan,
     "cnn": cnn_step.plan,
     "comparison": comparison.plan,
+    "resnet": resnet_step.plan,
     "trainer": trainer_overhead.plan,
 }
 

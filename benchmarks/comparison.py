@@ -20,10 +20,6 @@ KINDS: dict[str, Workload] = {
     "BatchNorm CNN": CNNs(batch_norm=True, optimizer="SGD with momentum", lowest_rate=1e-2, highest_rate=1e-2),
     "transformer": Transformers(num_models=32, batch=32, optimizer="AdamW"),
     "LSTM": LSTMs(),
-    # A step takes so long that there are few: losses fall within them where batches come again soon.
-    "ResNet-18": ResNets(
-        num_models=2, batch=8, num_batches=2, optimizer="SGD with momentum", lowest_rate=1e-2, highest_rate=1e-2
-    ),
 }
 
 # What a contestant cannot train, and why; found by trying. Everyone else must train everything.
@@ -38,7 +34,7 @@ CANNOT: dict[str, dict[str, str]] = {
 }
 
 # A round of slow workloads has fewer steps.
-STEPS = {"transformer": 4, "CNN": 4, "BatchNorm CNN": 4, "LSTM": 4, "ResNet-18": 1}
+STEPS = {"transformer": 4, "CNN": 4, "BatchNorm CNN": 4, "LSTM": 4}
 LARGE = 512
 
 
@@ -64,9 +60,6 @@ def plan(choices: Choices) -> Plan:
 
 
 def _numbers(kind: str, workload: Workload, choices: Choices) -> Sequence[int]:
-    if kind == "ResNet-18":
-        # Every contestant keeps its models in memory: four of each do not fit into 24 GiB.
-        return (1, 2) if choices.full else (2,)
     if choices.full:
         return (1, 8, 64, 256, 1024)
     return (1, 64, 256, 1024) if kind == "MLP" else (1, workload.num_models)

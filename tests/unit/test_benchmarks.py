@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import bars, command, comparison, packing, peers, plots, report
+from benchmarks import bars, command, comparison, packing, peers, plots, report, resnet_step
 from benchmarks.contestants import CONTESTANTS, CONVOLUTIONS, ON_JAX, ON_TORCH, ONE_RATE, TOGETHER, Contestant, Loop
 from benchmarks.floors import Rates, floor_of
 from benchmarks.measure import (
@@ -38,6 +38,7 @@ SMALL = MLPs(num_models=3, features=6, hidden=5, classes=4, batch=8)
 ONE = replace(SMALL, num_models=1)
 SWEEP = replace(SMALL, lowest_rate=1e-4, highest_rate=1e-2)
 IMAGES = CNNs(num_models=3, side=4, channels=(2, 3), classes=4, batch=8, lowest_rate=1e-2, highest_rate=1e-2)
+KINDS: dict[str, Workload] = {**comparison.KINDS, "ResNet-18": resnet_step.WORKLOAD}
 EAGER = [name for name in ON_TORCH if name not in bars.PEERS and "compiled" not in name]
 
 
@@ -80,10 +81,10 @@ def test_trainers_train_the_same_models(name: str, workload: MLPs) -> None:
 
 
 @pytest.mark.parametrize("shared_input", [True, False])
-@pytest.mark.parametrize("kind", comparison.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_trained_the_same(kind: str, shared_input: bool) -> None:
-    for optimizer in RECIPES if kind == "MLP" else [comparison.KINDS[kind].optimizer]:
-        own = comparison.small(replace(comparison.KINDS[kind], dtype="float64"))
+    for optimizer in RECIPES if kind == "MLP" else [KINDS[kind].optimizer]:
+        own = comparison.small(replace(KINDS[kind], dtype="float64"))
         own = replace(own, optimizer=optimizer, shared_input=shared_input)
         _, expected = train(Loop(own), own, 5)
         for name in EAGER:
@@ -91,9 +92,9 @@ def test_every_kind_is_trained_the_same(kind: str, shared_input: bool) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", comparison.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_trained_the_same_on_jax(kind: str) -> None:
-    own = comparison.small(replace(comparison.KINDS[kind], dtype="float64"))
+    own = comparison.small(replace(KINDS[kind], dtype="float64"))
     _, expected = train(Loop(own), own, 5)
     for name in ON_JAX:
         assert check_weights({"loop": expected, name: train(CONTESTANTS[name](own), own, 5)[1]}) <= 1e-9
