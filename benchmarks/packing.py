@@ -31,10 +31,10 @@ from trainers.built import Built, build_experiment
 from trainers.config import ExperimentConfig, create_experiment_config
 from trainers.config.files import write_atomically, written
 from trainers.config.manager import ConfigurationManager
-from trainers.executors import CONFIG_FILE
 from trainers.generic import GenericTrainer
 from trainers.packed.run import run_pack
-from trainers.packing import PACK_FILE, PACKS_FOLDER, pack_name
+from trainers.searches.executors import CONFIG_FILE
+from trainers.searches.packing import PACK_FILE, PACKS_FOLDER, pack_name
 from trainers.settings import GenericTrainerConfig
 
 NUM_EXPERIMENTS, EPOCHS = 64, 10

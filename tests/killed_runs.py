@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from tests.training_runs import BATCH, EPOCHS, ROWS, Rows, make_objects, run_state
-from trainers.checkpoint_files import read_checkpoint
+from trainers.checkpoints.files import read_checkpoint
 from trainers.config.schema import LoggingConfig
 from trainers.generic import GenericTrainer
 from trainers.settings import GenericTrainerConfig

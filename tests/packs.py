@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from tests.experiments import base_config
 from trainers.built import Built
-from trainers.checkpoint_files import read_checkpoint
+from trainers.checkpoints.files import read_checkpoint
 from trainers.config import ConfigurationManager, create_experiment_config
 from trainers.config.schema import ExperimentConfig
 from trainers.packed.run import run_pack
-from trainers.packing import PACKS_FOLDER, pack_name
+from trainers.searches.packing import PACKS_FOLDER, pack_name
 
 BUILD = "tests.packs:build"
 ROWS, BATCH = 30, 8

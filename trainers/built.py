@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from trainers.config.errors import ConfigurationError
 from trainers.config.schema import ExperimentConfig
-from trainers.nested_searches import importing_build
 from trainers.reproducibility import seed_everything
+from trainers.searches.nested import importing_build
 from trainers.states import capture_rng_state, restore_rng_state
 
 Build = Callable[[ExperimentConfig], "Built"]

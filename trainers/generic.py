@@ -14,26 +14,33 @@ import torch
 from torch import Tensor, nn
 
 from mb_torch import ModelBatch
-from trainers.boundaries import Preempted
-from trainers.checkpoint import DEFAULT_FILENAME, CheckpointStore
-from trainers.checkpoint_files import checkpoint_timeout, preemption_timeout, read_checkpoint
+from trainers.checkpoints.files import checkpoint_timeout, preemption_timeout, read_checkpoint
+from trainers.checkpoints.saving import Saves
+from trainers.checkpoints.snapshot import (
+    apply_objects,
+    apply_run,
+    collect,
+    is_finished,
+    own_rank,
+    warn_of_other_settings,
+)
+from trainers.checkpoints.store import DEFAULT_FILENAME, CheckpointStore
 from trainers.config.errors import ConfigurationError
 from trainers.errors import MissingCheckpointError, TrainerError
-from trainers.executors import INTERRUPTED_EXIT_CODE
 from trainers.fit_arguments import check_fit_arguments
 from trainers.hooks import TrainerHooks
-from trainers.loader_processes import can_fork
-from trainers.loaders import make_resumable
-from trainers.loggers import make_loggers, messages_as_configured
+from trainers.loaders.processes import can_fork
+from trainers.loaders.resumable import make_resumable
 from trainers.loop import TrainingLoop
 from trainers.per_model import PerModel
-from trainers.preemption import SignalFlags
+from trainers.preemption.boundaries import Preempted
+from trainers.preemption.signals import SignalFlags
 from trainers.ranks import is_first_rank, on_first_rank, tell_failure, wait_for_all_ranks, warn_of_unconnected_tasks
+from trainers.reporting.loggers import make_loggers, messages_as_configured
 from trainers.reproducibility import algorithms, seed_everything
-from trainers.saving import Saves
 from trainers.schedules import as_list
+from trainers.searches.executors import INTERRUPTED_EXIT_CODE
 from trainers.settings import GenericTrainerConfig
-from trainers.snapshot import apply_objects, apply_run, collect, is_finished, own_rank, warn_of_other_settings
 from trainers.states import ResumeState, TrainerPhase, restore_rng_state
 from trainers.training import AutogradTraining, FusedTraining, Training, as_pair, device_of, train_mode_if_evaluating
 

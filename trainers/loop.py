@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 
-from trainers.boundaries import Boundaries
 from trainers.errors import TrainerError
-from trainers.loaders import ResumableLoader
-from trainers.loggers import MetricLogger
-from trainers.metrics import EarlyStopping, MetricSums
-from trainers.progress import Progress
+from trainers.loaders.resumable import ResumableLoader
+from trainers.preemption.boundaries import Boundaries
 from trainers.ranks import gathered_from_ranks
-from trainers.results import Results
+from trainers.reporting.loggers import MetricLogger
+from trainers.reporting.metrics import EarlyStopping, MetricSums
+from trainers.reporting.progress import Progress
+from trainers.reporting.results import Results
 from trainers.states import (
     ResumeState,
     RNGState,
@@ -102,7 +102,7 @@ class TrainingLoop:
             loader_state: Of the same checkpoint.
 
         Raises:
-            trainers.boundaries.Preempted: The run was saved and left.
+            trainers.preemption.boundaries.Preempted: The run was saved and left.
         """
         resume = None if start is None or loader_state is None else (start, loader_state)
         self._is_in_place = resume is None

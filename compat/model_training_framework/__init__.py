@@ -8,7 +8,7 @@ from mb_torch._distributions import refuse_second_owner
 refuse_second_owner("model_training_framework")
 
 from trainers.config import ExecutionMode, NamingStrategy, ParameterGrid, ParameterGridSearch
-from trainers.framework import ModelTrainingFramework
+from trainers.searches.framework import ModelTrainingFramework
 
 __all__ = [
     "ExecutionMode",

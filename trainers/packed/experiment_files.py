@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainers.callbacks import TrainingCallback
-from trainers.checkpoint import CheckpointStore
-from trainers.checkpoint_files import to_plain
+from trainers.checkpoints.files import to_plain
+from trainers.checkpoints.slices import model_content
+from trainers.checkpoints.store import CheckpointStore
 from trainers.config.schema import ExperimentConfig
-from trainers.loggers import CsvLogger
 from trainers.population import BestModels, History
+from trainers.reporting.loggers import CsvLogger
 from trainers.settings import GenericTrainerConfig
-from trainers.slices import model_content
 
 if TYPE_CHECKING:
     from trainers.generic import GenericTrainer

@@ -6,8 +6,8 @@ from typing import Any
 
 from trainers.built import Built
 from trainers.errors import TrainerError
-from trainers.loader_processes import can_fork
-from trainers.loaders import make_resumable
+from trainers.loaders.processes import can_fork
+from trainers.loaders.resumable import make_resumable
 from trainers.states import capture_rng_state, restore_rng_state
 from trainers.training import as_pair, device_of
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainers.checkpoint import CheckpointStore
+from trainers.checkpoints.slices import join, select_models
+from trainers.checkpoints.store import CheckpointStore
 from trainers.config.files import write_atomically, written
 from trainers.errors import MissingCheckpointError, TrainerError
 from trainers.population import History
-from trainers.slices import join, select_models
 
 _LOGGER = logging.getLogger(__name__)
 # Beside the checkpoints of experiments that train together: who they are.

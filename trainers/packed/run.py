@@ -21,32 +21,32 @@ from torch import nn
 
 from mb_torch import ModelBatch
 from trainers.built import Build, Built, build_experiment, load_build, model_seed
-from trainers.checkpoint import DEFAULT_FILENAME, CheckpointStore
+from trainers.checkpoints.store import DEFAULT_FILENAME, CheckpointStore
 from trainers.config.creation import examine
 from trainers.config.errors import ConfigurationError, ValidationError, problem
 from trainers.config.files import write_atomically, written
 from trainers.config.manager import ConfigurationManager
 from trainers.config.schema import ExperimentConfig
-from trainers.executors import CONFIG_FILE
 from trainers.folder_lock import held
-from trainers.from_config import (
+from trainers.packed.alike import group_alike
+from trainers.packed.experiment_files import ExperimentFiles
+from trainers.packed.first_batch import first_batch
+from trainers.packed.from_config import (
     make_optimizer,
     make_schedulers,
     optimizer_class,
     optimizer_steps,
     scheduler_interval,
 )
-from trainers.metrics import is_divergence
-from trainers.packed.alike import group_alike
-from trainers.packed.experiment_files import ExperimentFiles
-from trainers.packed.first_batch import first_batch
 from trainers.packed.memory import is_out_of_memory, models_that_fit
 from trainers.packed.regroup import starting_points, write_members
-from trainers.packing import OUTCOME_FILE, PACK_FILE, pack_name
 from trainers.per_model import PerModel
 from trainers.population import Population
-from trainers.preemption import SignalFlags
-from trainers.requeueing import RequeueDecision
+from trainers.preemption.requeueing import RequeueDecision
+from trainers.preemption.signals import SignalFlags
+from trainers.reporting.metrics import is_divergence
+from trainers.searches.executors import CONFIG_FILE
+from trainers.searches.packing import OUTCOME_FILE, PACK_FILE, pack_name
 from trainers.settings import GenericTrainerConfig
 
 _LOGGER = logging.getLogger(__name__)

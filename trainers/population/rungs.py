@@ -9,7 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainers.checkpoint import CheckpointStore
+from trainers.checkpoints.slices import select_models
+from trainers.checkpoints.store import CheckpointStore
 from trainers.config.errors import ConfigurationError
 from trainers.errors import MissingCheckpointError, TrainerError
 from trainers.generic import GenericTrainer
@@ -17,7 +18,6 @@ from trainers.population.halving import Halving
 from trainers.population.history import History
 from trainers.ranks import on_first_rank
 from trainers.settings import GenericTrainerConfig
-from trainers.slices import select_models
 
 _LOGGER = logging.getLogger(__name__)
 # What the models of a rung need to go on as if nothing had happened.

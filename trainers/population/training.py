@@ -14,14 +14,14 @@ from trainers.callbacks import TrainingCallback
 from trainers.config.errors import ConfigurationError
 from trainers.errors import TrainerError
 from trainers.generic import GenericTrainer
-from trainers.loggers import messages_as_configured
-from trainers.metrics import epoch_logs, required
 from trainers.per_model import PerModel
 from trainers.population.best_models import BestModels
 from trainers.population.halving import Halving, ranked
 from trainers.population.history import History
 from trainers.population.rungs import Rungs, halved, history_of
-from trainers.preemption import SignalFlags
+from trainers.preemption.signals import SignalFlags
+from trainers.reporting.loggers import messages_as_configured
+from trainers.reporting.metrics import epoch_logs, required
 from trainers.settings import GenericTrainerConfig
 
 _LOGGER = logging.getLogger(__name__)

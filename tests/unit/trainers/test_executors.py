@@ -22,12 +22,12 @@ import pytest
 
 from tests.arch.repository import ROOT
 from tests.experiments import base_config, make_project
-from trainers import executors
 from trainers.config import ConfigurationError, ConfigurationManager, create_experiment_config
-from trainers.dry_run_executor import DryRunExecutor
-from trainers.executors import INTERRUPTED_EXIT_CODE, Job, MissingExecutor, MissingScript, Outcome, Plan
-from trainers.grid_folder import GridFolder
-from trainers.local_executor import GRACE_SECONDS, LocalExecutor
+from trainers.searches import executors
+from trainers.searches.dry_run_executor import DryRunExecutor
+from trainers.searches.executors import INTERRUPTED_EXIT_CODE, Job, MissingExecutor, MissingScript, Outcome, Plan
+from trainers.searches.folder import GridFolder
+from trainers.searches.local_executor import GRACE_SECONDS, LocalExecutor
 
 MakePlan = Callable[..., Plan]
 
@@ -363,7 +363,7 @@ import sys
 from pathlib import Path
 from tests.experiments import base_config, grid_of
 from trainers.config import ExecutionMode
-from trainers.framework import ModelTrainingFramework
+from trainers.searches.framework import ModelTrainingFramework
 ModelTrainingFramework(sys.argv[1]).run_grid_search(
     [grid_of({"seed": [1, 2, 3]})], base_config(), execution_mode=ExecutionMode.LOCAL, max_concurrent_jobs=2,
     output_dir=Path(sys.argv[1]) / "out",
@@ -496,7 +496,7 @@ def test_executors_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigurationError, match=r"received 'lsf'; expected one of \['dry_run', 'local', 'slurm'\]"):
         executors.create_executor("lsf")
     monkeypatch.setattr(executors, "_EXECUTORS", dict(executors._EXECUTORS))
-    executors.register_executor("lsf", "trainers.local_executor:LocalExecutor")
+    executors.register_executor("lsf", "trainers.searches.local_executor:LocalExecutor")
     assert isinstance(executors.create_executor("lsf"), LocalExecutor)
     with pytest.raises(ConfigurationError, match=r"received 'somewhere'; expected 'package\.module:attribute'"):
         executors.register_executor("lsf", "somewhere")

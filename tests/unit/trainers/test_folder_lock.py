@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 
 from tests.training_runs import EPOCHS, Recorder, run
-from trainers import checkpoint, folder_lock
+from trainers import folder_lock
+from trainers.checkpoints import store
 from trainers.config.manager import ConfigurationManager
 from trainers.errors import TrainerError
 from trainers.folder_lock import held
 from trainers.generic import GenericTrainer
-from trainers.grid_folder import GridFolder
+from trainers.searches.folder import GridFolder
 from trainers.settings import GenericTrainerConfig
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="nothing is locked on Windows")
@@ -38,7 +39,7 @@ with held(pathlib.Path(sys.argv[1]), RuntimeError):
 
 
 def test_a_second_run_in_the_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "LOCK_SECONDS", 0.0)
+    monkeypatch.setattr(store, "LOCK_SECONDS", 0.0)
     refused: list[str] = []
 
     class Twice(Recorder):

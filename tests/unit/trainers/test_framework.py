@@ -22,7 +22,6 @@ import pytest
 
 from tests.arch.repository import ROOT
 from tests.experiments import base_config, grid_of, make_project
-from trainers import executors, framework
 from trainers.config import (
     ConfigurationError,
     ConfigurationManager,
@@ -34,10 +33,11 @@ from trainers.config import (
     create_experiment_config,
 )
 from trainers.config.results import GridSearchConfig, GridSearchResult
-from trainers.executors import Outcome, Plan
-from trainers.framework import ModelTrainingFramework
-from trainers.grid_folder import GridFolder
-from trainers.local_executor import LocalExecutor
+from trainers.searches import executors, framework
+from trainers.searches.executors import Outcome, Plan
+from trainers.searches.folder import GridFolder
+from trainers.searches.framework import ModelTrainingFramework
+from trainers.searches.local_executor import LocalExecutor
 
 LOCAL, SLURM, DRY_RUN = ExecutionMode.LOCAL, ExecutionMode.SLURM, ExecutionMode.DRY_RUN
 # Fails for seed 2, unless it may succeed.

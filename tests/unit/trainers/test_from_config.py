@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler as schedules
 from mb_torch import InvalidInput, ModelBatch
 from tests.compare import assert_close
 from tests.training_runs import assert_identical
-from trainers.checkpoint_files import to_plain, with_types_of
+from trainers.checkpoints.files import to_plain, with_types_of
 from trainers.config.errors import ConfigurationError, ValidationError
 from trainers.config.schema import (
     CheckpointConfig,
@@ -25,8 +25,8 @@ from trainers.config.schema import (
     SchedulerConfig,
     TrainingConfig,
 )
-from trainers.from_config import make_optimizer, make_schedulers, optimizer_steps, scheduler_interval
 from trainers.generic import GenericTrainer
+from trainers.packed.from_config import make_optimizer, make_schedulers, optimizer_steps, scheduler_interval
 from trainers.settings import GenericTrainerConfig
 
 RATES = [0.1, 0.02, 0.05]

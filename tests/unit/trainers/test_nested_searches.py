@@ -9,8 +9,8 @@ import pytest
 from trainers.built import load_build
 from trainers.config import ConfigurationError, ExecutionMode, ParameterGrid
 from trainers.config.results import GridSearchResult
-from trainers.framework import ModelTrainingFramework
-from trainers.nested_searches import environment_for
+from trainers.searches.framework import ModelTrainingFramework
+from trainers.searches.nested import environment_for
 
 BASE = {
     "experiment_name": "run",

@@ -14,8 +14,8 @@ import pytest
 from tests.experiments import base_config
 from trainers.config import ConfigurationError, create_experiment_config
 from trainers.config.schema import ExperimentConfig
-from trainers.executors import Job, Plan
-from trainers.packing import (
+from trainers.searches.executors import Job, Plan
+from trainers.searches.packing import (
     DEFAULT_PACK_SIZE,
     batch_signature,
     forget_outcomes,
@@ -190,6 +190,7 @@ def test_outcomes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_planning_needs_no_torch() -> None:
-    code = "import sys, trainers.packing, trainers.framework, trainers.local_executor; print('torch' in sys.modules)"
+    modules = "trainers.searches.packing, trainers.searches.framework, trainers.searches.local_executor"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "False\n"

@@ -41,7 +41,7 @@ from tests.packs import (
 from tests.training_runs import assert_identical
 from trainers import generic
 from trainers.built import Built, build_experiment
-from trainers.checkpoint_files import read_checkpoint
+from trainers.checkpoints.files import read_checkpoint
 from trainers.config import ConfigurationError
 from trainers.config.schema import ExperimentConfig
 from trainers.generic import GenericTrainer
@@ -49,7 +49,7 @@ from trainers.packed import __main__ as packed_main
 from trainers.packed import memory, run
 from trainers.packed.experiment_files import ExperimentFiles
 from trainers.packed.run import run_pack
-from trainers.requeueing import RequeueDecision
+from trainers.preemption.requeueing import RequeueDecision
 from trainers.settings import GenericTrainerConfig
 
 COMPLETED, FAILED, INTERRUPTED = "COMPLETED", "FAILED", "INTERRUPTED"

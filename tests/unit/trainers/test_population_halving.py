@@ -16,7 +16,7 @@ from tests.compare import assert_close
 from tests.populations import BATCHES, NAMES, RATES, StopAt, ends, fit, make_population, val_batches
 from tests.training_runs import assert_identical
 from trainers.callbacks import TrainingCallback
-from trainers.checkpoint_files import read_checkpoint
+from trainers.checkpoints.files import read_checkpoint
 from trainers.config.errors import ConfigurationError, ValidationError
 from trainers.errors import TrainerError
 from trainers.per_model import PerModel

@@ -16,12 +16,12 @@ from torch.optim import lr_scheduler as schedules
 from mb_torch import GradScaler, ModelBatch, OptimizerFactory
 from tests.compare import assert_close
 from tests.training_runs import Recorder, assert_identical, make_loader
-from trainers.checkpoint_files import checkpoint_timeout, read_checkpoint, to_plain, write_checkpoint
+from trainers.checkpoints.files import checkpoint_timeout, read_checkpoint, to_plain, write_checkpoint
+from trainers.checkpoints.slices import join, model_content, num_models, select_models
 from trainers.errors import TrainerError
 from trainers.generic import GenericTrainer
 from trainers.reproducibility import seed_everything
 from trainers.settings import GenericTrainerConfig
-from trainers.slices import join, model_content, num_models, select_models
 
 EPOCHS, PER_EPOCH = 4, 4
 # Model 3 does not learn, and is stopped for it.

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from tests.training_runs import assert_identical, final_state, run
-from trainers import checkpoint
-from trainers.checkpoint_files import read_checkpoint, write_checkpoint
+from trainers.checkpoints import store
+from trainers.checkpoints.files import read_checkpoint, write_checkpoint
 from trainers.errors import PreemptionTimeoutError, TrainerError
 from trainers.generic import GenericTrainer
 from trainers.settings import GenericTrainerConfig
@@ -49,7 +49,7 @@ class _Fixture:
             assert self.let_go.wait(60)
             write_checkpoint(content, path, *rest)
 
-        monkeypatch.setattr(checkpoint, "write_checkpoint", slow)
+        monkeypatch.setattr(store, "write_checkpoint", slow)
         self.seen: list[torch.Tensor] = []
         fixture = self
 
@@ -93,7 +93,7 @@ def test_training_goes_on_and_the_file_is_of_the_moment_of_the_save(
 def test_a_failure_is_raised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: int) -> None:
     fixture = _Fixture(monkeypatch, tmp_path)
     fixture.trainer.config.checkpoint.save_last = False
-    slow, count = checkpoint.write_checkpoint, [0]
+    slow, count = store.write_checkpoint, [0]
 
     def fails(*arguments: Any) -> None:
         count[0] += 1
@@ -101,7 +101,7 @@ def test_a_failure_is_raised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fa
             raise TrainerError("the disk is full")
         slow(*arguments)
 
-    monkeypatch.setattr(checkpoint, "write_checkpoint", fails)
+    monkeypatch.setattr(store, "write_checkpoint", fails)
     with pytest.raises(TrainerError, match="the disk is full"):
         fixture.fit()
     assert len(_files(tmp_path)) == failing - 1
@@ -158,9 +158,9 @@ def test_no_requeue_before_the_file_is_there(monkeypatch: pytest.MonkeyPatch, tm
         write_checkpoint(*arguments)
 
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setattr("trainers.requeueing.requeue", requeue)
-    monkeypatch.setattr("trainers.requeueing.job_facts", lambda job_id: {})
-    monkeypatch.setattr(checkpoint, "write_checkpoint", slow)
+    monkeypatch.setattr("trainers.preemption.requeueing.requeue", requeue)
+    monkeypatch.setattr("trainers.preemption.requeueing.job_facts", lambda job_id: {})
+    monkeypatch.setattr(store, "write_checkpoint", slow)
     _fit(_trainer(tmp_path, lambda: None))
     assert seen == [["epoch_000_step_000002.ckpt"]]
 
@@ -175,7 +175,7 @@ def test_what_failed_is_saved_anew_when_the_run_is_left(
             raise failure
         write_checkpoint(*arguments)
 
-    monkeypatch.setattr(checkpoint, "write_checkpoint", fails)
+    monkeypatch.setattr(store, "write_checkpoint", fails)
     _fit(_trainer(tmp_path, lambda: None))
     assert _files(tmp_path) == ["epoch_000_step_000002.ckpt"]
     assert "the disk is full" in caplog.text
@@ -188,7 +188,7 @@ def test_a_running_save_is_waited_for_as_long_as_is_allowed(monkeypatch: pytest.
         assert let_go.wait(60)
         write_checkpoint(*arguments)
 
-    monkeypatch.setattr(checkpoint, "write_checkpoint", stuck)
+    monkeypatch.setattr(store, "write_checkpoint", stuck)
     before = threading.active_count()
     with pytest.raises(PreemptionTimeoutError, match=r"within 0\.2 s"):
         _fit(_trainer(tmp_path, lambda: None, preemption_timeout=0.2))

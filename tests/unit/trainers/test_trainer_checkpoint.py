@@ -15,8 +15,8 @@ from torch import nn
 
 from tests.training_runs import Recorder, assert_identical, final_state, make_loader, make_objects, run
 from trainers.callbacks import TrainingCallback
-from trainers.checkpoint import LATEST, SET_ASIDE, CheckpointStore
-from trainers.checkpoint_files import read_checkpoint, to_plain
+from trainers.checkpoints.files import read_checkpoint, to_plain
+from trainers.checkpoints.store import LATEST, SET_ASIDE, CheckpointStore
 from trainers.config.errors import ConfigurationError
 from trainers.errors import CheckpointTimeoutError, DamagedCheckpointError, PreemptionTimeoutError, TrainerError
 from trainers.generic import GenericTrainer

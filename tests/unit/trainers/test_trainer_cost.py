@@ -13,11 +13,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from mb_torch import ModelBatch, OptimizerFactory
 from tests.training_runs import run
-from trainers import loader_randomness, loop, states, training
+from trainers import loop, states, training
 from trainers.errors import TrainerError
 from trainers.generic import GenericTrainer
-from trainers.metrics import EarlyStopping, MetricSums
+from trainers.loaders import randomness
 from trainers.per_model import PerModel
+from trainers.reporting.metrics import EarlyStopping, MetricSums
 from trainers.settings import GenericTrainerConfig
 from trainers.training import as_pair
 
@@ -50,7 +51,7 @@ def test_nothing_is_captured_with_every_batch(kind: str, tmp_path: Path, monkeyp
         (torch, "get_rng_state"),
         (states, "capture_rng_state"),
         (loop, "capture_rng_state"),
-        (loader_randomness, "generator_states"),
+        (randomness, "generator_states"),
         (StatefulDataLoader, "state_dict"),
         (MetricSums, "means"),
         (MetricSums, "state_dict"),

@@ -16,7 +16,7 @@ import torch
 
 from tests.small_disk import SmallDisk, small_disk_or_skip
 from tests.training_runs import EPOCHS, Recorder, assert_identical, final_state, run
-from trainers.checkpoint_files import read_checkpoint
+from trainers.checkpoints.files import read_checkpoint
 from trainers.errors import TrainerError
 
 # Saved after every step, and everything kept.
@@ -125,7 +125,7 @@ def test_read_only_from_some_moment_on(
     event: int, disk: SmallDisk, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Only errors make a disk read-only on which a file is open for writing.
-    monkeypatch.setattr("trainers.checkpoint.held", lambda *arguments, **keywords: nullcontext())
+    monkeypatch.setattr("trainers.checkpoints.store.held", lambda *arguments, **keywords: nullcontext())
     folder = disk.folder / "run"
     notes: dict[str, Any] = {}
     with pytest.raises(TrainerError, match=r"was not written: .*Read-only file system"):

@@ -15,7 +15,7 @@ import torch
 
 from tests.killed_runs import STOPS, VARIANTS, sequence
 from tests.training_runs import EPOCHS, ROWS, assert_identical, final_state, run
-from trainers.checkpoint_files import read_checkpoint
+from trainers.checkpoints.files import read_checkpoint
 
 REPOSITORY = Path(__file__).parents[3]
 SEED = 5
@@ -92,7 +92,7 @@ def test_a_signal_while_the_checkpoint_is_read(tmp_path: Path, monkeypatch: pyte
     whole = final_state(run(tmp_path / "whole"))
     notes: dict[str, Any] = {}
     run(tmp_path / "stopped", stop_at=8, notes=notes)
-    monkeypatch.setattr("trainers.checkpoint.read_checkpoint", slow)
+    monkeypatch.setattr("trainers.checkpoints.store.read_checkpoint", slow)
     again = run(tmp_path / "stopped", notes=notes)
     assert (again.preempted, again.global_step, len(notes["samples"])) == (True, 7, 7)
     monkeypatch.undo()

@@ -15,8 +15,8 @@ from mb_torch import MissingPackage
 from tests.training_runs import run
 from trainers.config.schema import LoggingConfig
 from trainers.errors import TrainerError
-from trainers.loggers import make_loggers, messages_as_configured
-from trainers.progress import Progress
+from trainers.reporting.loggers import make_loggers, messages_as_configured
+from trainers.reporting.progress import Progress
 
 
 def _logging(**settings: Any) -> LoggingConfig:

@@ -17,10 +17,10 @@ from torch import nn
 from tests.training_runs import Recorder, assert_identical, final_state, make_loader, make_objects, run
 from trainers import ranks
 from trainers.callbacks import TrainingCallback
-from trainers.checkpoint_files import read_checkpoint
+from trainers.checkpoints.files import read_checkpoint
 from trainers.errors import TrainerError
 from trainers.generic import GenericTrainer
-from trainers.preemption import is_at_its_time_limit, is_being_preempted
+from trainers.preemption.signals import is_at_its_time_limit, is_being_preempted
 from trainers.settings import GenericTrainerConfig
 from trainers.states import TrainerPhase
 

@@ -29,7 +29,7 @@ from tests.training_runs import (
 )
 from trainers.errors import MissingCheckpointError, TrainerError
 from trainers.generic import GenericTrainer
-from trainers.loaders import make_resumable
+from trainers.loaders.resumable import make_resumable
 from trainers.settings import GenericTrainerConfig
 from trainers.states import ResumeState, TrainerPhase, capture_rng_state
 

@@ -23,10 +23,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from mb_torch import ModelBatch
 from tests import training_runs
 from tests.training_runs import assert_identical, final_state, run
-from trainers import loader_processes
 from trainers.errors import TrainerError
-from trainers.loader_processes import can_fork, safe_context
-from trainers.loaders import make_resumable
+from trainers.loaders import processes
+from trainers.loaders.processes import can_fork, safe_context
+from trainers.loaders.resumable import make_resumable
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -72,7 +72,7 @@ LOADERS: dict[str, Callable[..., DataLoader]] = {
 
 @pytest.fixture(autouse=True)
 def _no_threads_noted(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(loader_processes, "_threaded_backends", set())
+    monkeypatch.setattr(processes, "_threaded_backends", set())
     caplog.set_level(logging.INFO)
 
 

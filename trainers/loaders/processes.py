@@ -35,7 +35,7 @@ from trainers.errors import TrainerError
 
 _LOGGER = logging.getLogger(__name__)
 # What a worker needs, imported once by the process that makes them instead of in every worker of every epoch.
-_PRELOADED = ["__main__", "torchdata.stateful_dataloader", "trainers.loader_processes"]
+_PRELOADED = ["__main__", "torchdata.stateful_dataloader", "trainers.loaders.processes"]
 # Who has sent a signal can be told on Linux, not on macOS.
 _KNOWS_SENDERS = hasattr(signal, "sigwaitinfo")
 # How often a worker asks whether its owner is there.

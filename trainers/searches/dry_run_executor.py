@@ -8,7 +8,7 @@ from collections.abc import Collection, Generator
 from pathlib import Path
 
 from trainers.config.files import write_atomically
-from trainers.executors import Outcome, Plan, write_job_scripts
+from trainers.searches.executors import Outcome, Plan, write_job_scripts
 
 _LOGGER = logging.getLogger(__name__)
 

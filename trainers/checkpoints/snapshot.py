@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainers.checkpoint_files import FORMAT_VERSION, to_plain, with_types_of
+from trainers.checkpoints.files import FORMAT_VERSION, to_plain, with_types_of
 from trainers.errors import TrainerError
-from trainers.metrics import model_metrics_of
 from trainers.ranks import gathered_from_ranks, rank
+from trainers.reporting.metrics import model_metrics_of
 from trainers.settings import GenericTrainerConfig
 from trainers.states import ResumeState, RNGState, TrainerPhase, rng_to_dict
 

@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from trainers.config.errors import ConfigurationError
 from trainers.config.files import write_atomically, written
-from trainers.executors import INTERRUPTED_EXIT_CODE, Job, MissingScript, Outcome, Plan, Task, read_record
-from trainers.nested_searches import environment_for, refuse_own_script
-from trainers.packing import forget_outcomes, read_outcomes
+from trainers.searches.executors import INTERRUPTED_EXIT_CODE, Job, MissingScript, Outcome, Plan, Task, read_record
+from trainers.searches.nested import environment_for, refuse_own_script
+from trainers.searches.packing import forget_outcomes, read_outcomes
 
 _LOGGER = logging.getLogger(__name__)
 

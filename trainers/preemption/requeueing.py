@@ -6,7 +6,7 @@ import logging
 import signal
 from collections.abc import Sequence
 
-from trainers.preemption import (
+from trainers.preemption.signals import (
     is_at_its_time_limit,
     is_being_preempted,
     job_facts,

@@ -16,8 +16,8 @@ from trainers.config.manager import ConfigurationManager
 from trainers.config.naming import NamingStrategy
 from trainers.config.results import GridSearchResult
 from trainers.config.search import ParameterGridSearch
-from trainers.executors import Job, Plan, read_record, settled_folders
 from trainers.folder_lock import lock
+from trainers.searches.executors import Job, Plan, read_record, settled_folders
 
 GRID_FILE = "grid_config.json"
 SUMMARY_FILE = "execution_summary.json"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from trainers.checkpoint_files import (
+from trainers.checkpoints.files import (
     checkpoint_timeout,
     flush_folder,
     read_checkpoint,

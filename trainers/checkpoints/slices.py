@@ -9,7 +9,7 @@ Example:
     >>> from pathlib import Path
     >>> from torch import nn
     >>> from mb_torch import ModelBatch, OptimizerFactory
-    >>> from trainers.checkpoint_files import read_checkpoint
+    >>> from trainers.checkpoints.files import read_checkpoint
     >>> from trainers.generic import GenericTrainer
     >>> from trainers.settings import GenericTrainerConfig
     >>> batch = ModelBatch([nn.Linear(2, 1) for _ in range(3)])
@@ -41,8 +41,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from trainers.errors import TrainerError
-from trainers.slice_metrics import (
+from trainers.checkpoints.slice_metrics import (
     are_same,
     counted_models,
     differ,
@@ -56,6 +55,7 @@ from trainers.slice_metrics import (
     select_sums,
     with_sums,
 )
+from trainers.errors import TrainerError
 
 Content = dict[str, Any]
 T = TypeVar("T")

@@ -1,4 +1,4 @@
-"""Early stopping, metrics and their sums in checkpoints of a `ModelBatch`, by models; used by `trainers.slices`."""
+"""Early stopping, metrics and their sums in checkpoints of a `ModelBatch`, by models; used by `slices`."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from trainers.preemption.requeueing import RequeueDecision
 from trainers.ranks import agreed
-from trainers.requeueing import RequeueDecision
 from trainers.training import device_of
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from trainers.checkpoint import CheckpointStore
+from trainers.checkpoints.store import CheckpointStore
 from trainers.errors import TrainerError
 
 _LOGGER = logging.getLogger(__name__)

@@ -26,10 +26,10 @@ from trainers.config import (
     ParameterGridSearch,
 )
 from trainers.config.grid_files import base_from_file
-from trainers.executors import Job, Outcome, Plan, create_executor, create_launcher
-from trainers.grid_folder import GridFolder
-from trainers.nested_searches import refuse_while_importing
-from trainers.packing import pack
+from trainers.searches.executors import Job, Outcome, Plan, create_executor, create_launcher
+from trainers.searches.folder import GridFolder
+from trainers.searches.nested import refuse_while_importing
+from trainers.searches.packing import pack
 
 DEFAULT_SCRIPT = Path("scripts", "train.py")
 
@@ -102,7 +102,7 @@ class ModelTrainingFramework:
         Everything is checked before anything is written or started. One bad run does not stop the others.
 
         An experiment is a script, which runs in a process of its own, or it is built by a function: then those that
-        differ only in what a batch has for each model (see `trainers.packing`) are trained at once, and each still has
+        differ only in what a batch has for each model (see `packing`) are trained at once, and each still has
         its own folder with configuration, metrics and checkpoints.
 
         Args:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from trainers.metrics import MetricSums, divergence, epoch_logs, required
 from trainers.ranks import of_first_rank
+from trainers.reporting.metrics import MetricSums, divergence, epoch_logs, required
 from trainers.schedules import step_schedulers
 from trainers.states import TrainerPhase
 

@@ -27,8 +27,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from mb_torch import MissingPackage
 from trainers.errors import TrainerError
-from trainers.loader_processes import WorkerStart, safe_context, signals_kept
-from trainers.loader_randomness import (
+from trainers.loaders.processes import WorkerStart, safe_context, signals_kept
+from trainers.loaders.randomness import (
     Generator,
     ReplayedSampler,
     WithWorkerRandomness,
@@ -87,7 +87,7 @@ def make_resumable(loader: Any, name: str, *, can_fork: bool = True) -> Resumabl
         loader: Of batches; it can be iterated again and again.
         name: What the loader is called in errors.
         can_fork: Whether worker processes may be copies of this process. If not, they are started in another way
-            where the loader does not say how; see `trainers.loader_processes`.
+            where the loader does not say how; see `trainers.loaders.processes`.
 
     Returns:
         A loader that can be resumed.

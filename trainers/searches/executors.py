@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trainers.config.errors import ConfigurationError
-from trainers.packing import PACK_FILE, PACKS_FOLDER, pack, pack_command, pack_name
+from trainers.searches.packing import PACK_FILE, PACKS_FOLDER, pack, pack_command, pack_name
 
 if TYPE_CHECKING:
     from trainers.config.schema import ExperimentConfig
 
 _EXECUTORS: dict[str, str] = {
-    "dry_run": "trainers.dry_run_executor:DryRunExecutor",
-    "local": "trainers.local_executor:LocalExecutor",
+    "dry_run": "trainers.searches.dry_run_executor:DryRunExecutor",
+    "local": "trainers.searches.local_executor:LocalExecutor",
     "slurm": "slurm.executor:SlurmExecutor",
 }
 # Callables `(project_root, template_path) -> launcher`.
@@ -88,7 +88,7 @@ class Task:
         command: That runs them, in the project's folder.
         folder: For its output.
         output_name: Of the files with its output, without suffix.
-        is_pack: Whether the process itself says what became of each of its experiments, see `trainers.packing`.
+        is_pack: Whether the process itself says what became of each of its experiments, see `packing`.
     """
 
     jobs: tuple[Job, ...]
@@ -195,7 +195,7 @@ def register_executor(name: str, path: str) -> None:
         ConfigurationError: The path has another form.
 
     Example:
-        >>> register_executor("local", "trainers.local_executor:LocalExecutor")
+        >>> register_executor("local", "trainers.searches.local_executor:LocalExecutor")
     """
     if path.count(":") != 1:
         raise ConfigurationError(f"executor {name!r}: received {path!r}; expected 'package.module:attribute'")
