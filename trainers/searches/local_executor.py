@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +31,10 @@ POLL_SECONDS = 0.02
 # How long children may take to save their state once they were asked to end.
 GRACE_SECONDS = 30.0
 SHOWN_CHARACTERS = 300
+# Of a file of messages that is looked at, in bytes.
+_TAIL = 4096
+# As `trainers.reporting.results` says it.
+_EPOCH = re.compile(rb"\bepoch (\d+): ")
 _INTERRUPTED = "interrupted; a rerun goes on where it was"
 # By whoever sends these a pack is ended, not by one of its experiments.
 _ASKED_TO_END = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -42,6 +47,8 @@ class _Child:
     # What is written about each of its experiments, but for their end.
     records: list[dict[str, Any]]
     start: float
+    # How much earlier runs have left in the file of messages.
+    old_messages: int
 
 
 class LocalExecutor:
@@ -97,6 +104,7 @@ class LocalExecutor:
                         again = {job.index for half in halves for job in half.jobs}
                         outcomes += [outcome for outcome in _finish(child) if outcome.job.index not in again]
                     progress.add(outcomes)
+                    progress.tell(lambda: next(filter(None, map(_epoch, running)), None))
                     yield from outcomes
                     if not ended and not outcomes:
                         time.sleep(POLL_SECONDS)
@@ -129,6 +137,7 @@ def _start(task: Task, plan: Plan, at_once: int) -> _Child:
     try:
         with _output(task, "out").open("ab") as out, _output(task, "err").open("ab") as err:
             # A session of its own: Ctrl-C on the terminal reaches this process only, which ends the child in order.
+            old_messages = err.tell()
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -143,7 +152,16 @@ def _start(task: Task, plan: Plan, at_once: int) -> _Child:
         for job, record in zip(task.jobs, records, strict=True):
             _write(job, {**record, "state": "FAILED"})
         raise
-    return _Child(task, process, records, time.monotonic())
+    return _Child(task, process, records, time.monotonic(), old_messages)
+
+
+def _epoch(child: _Child) -> str | None:
+    """How far the experiments of a child are, where a trainer says so; a pack's all end at once."""
+    with suppress(OSError), _output(child.task, "err").open("rb") as stream:
+        stream.seek(max(child.old_messages, stream.seek(0, os.SEEK_END) - _TAIL))
+        if epochs := _EPOCH.findall(stream.read()):
+            return f"epoch {int(epochs[-1]) + 1} of {child.task.jobs[0].config.training.epochs}"
+    return None
 
 
 def _write(job: Job, record: dict[str, Any]) -> None:
@@ -240,7 +258,7 @@ def _output(task: Task, suffix: str) -> Path:
 def _last_line(path: Path) -> str:
     try:
         with path.open("rb") as stream:
-            stream.seek(max(0, path.stat().st_size - 4096))
+            stream.seek(max(0, path.stat().st_size - _TAIL))
             lines = stream.read().decode(errors="replace").split("\n")
     except OSError:
         return ""  # a script may do with its folder what it likes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from tqdm import tqdm
@@ -15,6 +15,8 @@ from trainers.searches.executors import Outcome
 _LOGGER = logging.getLogger(__name__)
 # Of many experiments so many are named.
 _SHOWN_NAMES = 3
+# Between two looks at what runs: for a bar, and for a line in the log.
+_SECONDS_ON_TERMINAL, _SECONDS_IN_LOG = 1.0, 60.0
 
 
 class SearchProgress:
@@ -33,7 +35,7 @@ class SearchProgress:
     def __init__(self, total: int) -> None:
         self._total = total
         self._done = self._failed = 0
-        self._start = time.monotonic()
+        self._start = self._told = time.monotonic()
         # By cause: experiments that failed of it. The first were explained; those that came later are named at the end.
         self._causes: dict[str, list[str]] = {}
         self._repeated = set[str]()
@@ -74,12 +76,28 @@ class SearchProgress:
         self._failed += sum(map(len, failed.values()))
         self._bar.update(len(outcomes))
         if self._failed:
-            self._bar.set_postfix(failed=self._failed)
+            self._bar.set_postfix_str(f"{self._failed} failed")
         complete = [outcome.job.name for outcome in outcomes if outcome.error is None]
         if complete:
             _LOGGER.info("%s: %s", self._so_far(), _say(complete, "complete"))
         for cause, own in failed.items():
             self._explain(cause, own)
+
+    def tell(self, look: Callable[[], str | None]) -> None:
+        """Say what the experiments that run are doing, now and then.
+
+        Args:
+            look: Returns it; None if it is not known. Not called more often than is told.
+        """
+        now = time.monotonic()
+        if now - self._told < (_SECONDS_IN_LOG if self._bar.disable else _SECONDS_ON_TERMINAL):
+            return
+        self._told, what = now, look()
+        if what is None:
+            return
+        self._bar.set_postfix_str(f"{self._failed} failed, {what}" if self._failed else what)
+        if self._bar.disable:
+            _LOGGER.info("%s: %s", self._so_far(), what)
 
     def _explain(self, cause: str, outcomes: Sequence[Outcome]) -> None:
         names, is_new = [outcome.job.name for outcome in outcomes], cause not in self._causes
@@ -95,7 +113,7 @@ class SearchProgress:
         parts = [f"{self._done} of {self._total}"]
         if self._failed:
             parts.append(f"{self._failed} failed")
-        if self._done < self._total:
+        if 0 < self._done < self._total:
             left = (time.monotonic() - self._start) / self._done * (self._total - self._done)
             parts.append(f"about {tqdm.format_interval(left)} left")
         return ", ".join(parts)

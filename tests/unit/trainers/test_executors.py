@@ -26,7 +26,7 @@ import pytest
 from tests.arch.repository import ROOT
 from tests.experiments import base_config, make_project
 from trainers.config import ConfigurationError, ConfigurationManager, create_experiment_config
-from trainers.searches import executors
+from trainers.searches import executors, progress
 from trainers.searches.dry_run_executor import DryRunExecutor
 from trainers.searches.executors import INTERRUPTED_EXIT_CODE, Job, MissingExecutor, MissingScript, Outcome, Plan
 from trainers.searches.folder import GridFolder
@@ -426,6 +426,23 @@ def test_a_program_without_logging_shows_how_far_it_is(tmp_path: Path, is_termin
     assert re.search(r"2 of 2, 1 failed: run_\w+ failed: exit code 1", shown)
     assert ("1 of 2, about" in shown) is not is_terminal
     assert ("2/2" in shown) is is_terminal
+
+
+def test_the_epoch_of_what_runs_is_told(
+    make_packs: MakePlan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(progress, "_SECONDS_IN_LOG", 0.0)
+    script = (
+        "print('INFO results: epoch 0: loss 1\\nINFO results: epoch 1: loss 0.5', file=sys.stderr, flush=True)\n"
+        "time.sleep(0.5)\nsay(dict.fromkeys(experiments, 'COMPLETED'))"
+    )
+    plan = make_packs(script, "a b")
+    # Of an earlier run.
+    (plan.tasks()[0].folder / "local.err").write_text("epoch 2: loss 0.25\n")
+    with caplog.at_level(logging.INFO, "trainers"):
+        run_local(plan)
+    assert set(caplog.messages[:-1]) == {"0 of 2: epoch 2 of 3"}
+    assert caplog.messages[-1] == "2 of 2: a, b are complete"
 
 
 def test_nothing_is_drawn_without_a_terminal(make_plan: MakePlan, capsys: pytest.CaptureFixture[str]) -> None:
