@@ -75,8 +75,8 @@ class SearchProgress:
         self._done += len(outcomes)
         self._failed += sum(map(len, failed.values()))
         self._bar.update(len(outcomes))
-        if self._failed:
-            self._bar.set_postfix_str(f"{self._failed} failed")
+        # The epoch that was told is of what has ended.
+        self._bar.set_postfix_str(f"{self._failed} failed" if self._failed else "")
         complete = [outcome.job.name for outcome in outcomes if outcome.error is None]
         if complete:
             _LOGGER.info("%s: %s", self._so_far(), _say(complete, "complete"))
