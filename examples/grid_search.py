@@ -7,7 +7,6 @@ training script of its search: with ``--config``, ``--experiment-name`` and ``--
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -21,7 +20,6 @@ from model_training_framework import ExecutionMode, ModelTrainingFramework, Nami
 from model_training_framework.config import ConfigurationManager, ParameterGrid, create_experiment_config
 from model_training_framework.trainer import GenericTrainer, GenericTrainerConfig
 
-RESULT_FILE = "result.json"
 BASE: dict[str, Any] = {
     "experiment_name": "rings",
     "model": {"name": "mlp", "hidden_size": 8},
@@ -56,9 +54,9 @@ def search(folder: Path) -> None:
     print(f"{result.success_rate:.0%} of {result.total_experiments} succeeded in {result.execution_time:.0f} s")
     for name, error in result.failed_submissions:
         print(f"failed: {name}: {error}")
-    found = [json.loads(path.read_text()) for path in (folder / "experiments").glob(f"*/{RESULT_FILE}")]
-    for one in sorted(found, key=lambda one: one["val_loss"]):
-        print(f"validation loss {one['val_loss']:.4f}: {one['experiment_name']}")
+    complete = [row for row in result.table() if row["state"] == "COMPLETED"]  # also in results.csv of that folder
+    for row in sorted(complete, key=lambda row: row["val_loss"]):
+        print(f"validation loss {row['val_loss']:.4f}: {row['name']}")
 
 
 def make_loader(rows: int, seed: int, batch_size: int) -> DataLoader:
@@ -69,7 +67,7 @@ def make_loader(rows: int, seed: int, batch_size: int) -> DataLoader:
     return DataLoader(TensorDataset(points, labels), batch_size, shuffle=True)
 
 
-def train(config_path: Path, name: str, folder: Path) -> int:
+def train(config_path: Path, folder: Path) -> int:
     """One experiment, of which everything is said by its configuration; returns the exit code."""
     manager = ConfigurationManager(project_root=Path(__file__).parent, config_dir=folder)
     config = create_experiment_config(manager.load_config(config_path))
@@ -78,6 +76,7 @@ def train(config_path: Path, name: str, folder: Path) -> int:
     model = nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, 2))
     settings = GenericTrainerConfig.from_experiment_config(config)
     settings.checkpoint_dir, settings.experiment_name = str(folder / "checkpoints"), None
+    settings.logging.csv_log_dir = str(folder)  # metrics.csv, where the search finds them
     trainer = GenericTrainer(settings, loss_fn=nn.functional.cross_entropy)
     trainer.fit(
         model,
@@ -85,8 +84,6 @@ def train(config_path: Path, name: str, folder: Path) -> int:
         make_loader(1000, 1, config.training.batch_size),
         make_loader(500, 2, config.training.batch_size),
     )
-    if not trainer.preempted:
-        (folder / RESULT_FILE).write_text(json.dumps({"experiment_name": name, **trainer.logs}))
     return trainer.exit_code
 
 
@@ -99,7 +96,7 @@ def main() -> None:
     experiment.add_argument("--output-dir", type=Path)
     options = parser.parse_args()
     if options.config is not None:
-        sys.exit(train(options.config, options.experiment_name, options.output_dir))
+        sys.exit(train(options.config, options.output_dir))
     with tempfile.TemporaryDirectory() as temporary:
         search((options.output or Path(temporary)).absolute())
 

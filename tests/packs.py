@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,8 @@ def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
 def build(config: ExperimentConfig) -> Built:
     if config.custom_params.get("is_bad"):
         raise ValueError("no such data")
+    if config.custom_params.get("exits"):
+        sys.exit(3)
     dtype = torch.float64 if config.model.custom_params.get("double") else torch.float32
     width = config.model.hidden_size
     model = nn.Sequential(

@@ -73,10 +73,12 @@ def load_build(path: str) -> Build:
     try:
         with importing_build(path):
             build: Build = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except ConfigurationError:
+        raise  # says already what to do
+    except (Exception, SystemExit) as error:  # a module may raise anything
         raise ConfigurationError(
-            f"build: received {path!r}, which cannot be imported: {error}; expected 'module:function', importable from "
-            "the project's folder"
+            f"build: received {path!r}, which cannot be imported: {type(error).__name__}: {error}; expected "
+            "'module:function', importable from the project's folder"
         ) from error
     return build
 

@@ -53,6 +53,8 @@ _LOGGER = logging.getLogger(__name__)
 
 COMPLETED, FAILED, INTERRUPTED = "COMPLETED", "FAILED", "INTERRUPTED"
 BACKEND_FILE = "backend.json"
+# What experiments may do: one that calls `sys.exit` is not to end the others. Ctrl-C is no fault.
+_FAULTS = (Exception, SystemExit)
 LOCK_FILE = ".lock"
 
 
@@ -96,7 +98,7 @@ class _Outcomes:
         self.by_name.update({name: {"state": state, "error": error} for name in names})
         self._write()
 
-    def fail(self, names: Collection[str], what: str, error: Exception) -> None:
+    def fail(self, names: Collection[str], what: str, error: BaseException) -> None:
         """Note why experiments have failed; of errors that come from one place the log has one traceback."""
         lines = str(error).strip().splitlines() or [""]
         reason = f"{what}: {type(error).__name__}: {lines[0]}"
@@ -138,7 +140,13 @@ class _PackRun:
     def run(self) -> None:
         self._signals.install(and_interrupt=False)
         try:
-            self._run_groups(load_build(self._build_path))
+            try:
+                build = load_build(self._build_path)
+            except ConfigurationError as error:
+                # Of all alike: there is nobody to be told apart from the others.
+                self._outcomes.fail(list(self._folders), "it cannot be built", error)
+                raise
+            self._run_groups(build)
             if self._signals.received and not self._outcomes.are_known:
                 self._requeue()
         finally:
@@ -158,7 +166,7 @@ class _PackRun:
             return True
         try:
             return self._train({name: group[name] for name in names}, content)
-        except Exception as error:  # whatever it is, other experiments are not to blame
+        except _FAULTS as error:  # whatever it is, other experiments are not to blame
             if len(names) == 1 or not is_out_of_memory(error):
                 self._outcomes.fail(names, "training failed", error)
                 return False
@@ -208,7 +216,7 @@ class _PackRun:
                         "because its weights follow from the seed of its experiment"
                     )
                 _check_settings(config, built)
-            except Exception as error:  # the user's code may raise anything
+            except _FAULTS as error:  # the user's code may raise anything
                 self._outcomes.fail([name], "it cannot be built", error)
             else:
                 models.add(built.model)
@@ -221,7 +229,7 @@ class _PackRun:
         for name in names:
             try:
                 built = build_experiment(build, self._configs[name])
-            except Exception as error:  # the user's code may raise anything
+            except _FAULTS as error:  # the user's code may raise anything
                 self._outcomes.fail([name], "it cannot be built", error)
                 continue
             first = next(iter(group.values()), built)
@@ -232,7 +240,7 @@ class _PackRun:
         """How many such experiments can train at once; 0 if this one cannot train at all."""
         try:
             size = models_that_fit(built, self._packs_at_once)
-        except Exception as error:  # the model, the loss and the data are the user's code
+        except _FAULTS as error:  # the model, the loss and the data are the user's code
             self._outcomes.fail([name], "it cannot be trained", error)
             return 0
         if size < len(self._folders):

@@ -11,7 +11,7 @@ import importlib
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Collection, Generator
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -130,21 +130,31 @@ class Plan:
         """What is to be started: a script for each experiment, or a process for each pack of built experiments."""
         if self.build is None:
             return [Task((job,), self._command(job), job.folder, f"local-{job.index}") for job in self.jobs]
-        tasks = []
-        for places in pack([job.config for job in self.jobs], self.pack_size):
-            jobs = tuple(self.jobs[place] for place in places)
-            folder = self.output_dir / PACKS_FOLDER / pack_name(self.build, [job.name for job in jobs])
-            tasks.append(Task(jobs, pack_command(str(folder)), folder, "local", is_pack=True))
-        return tasks
+        packs = pack([job.config for job in self.jobs], self.pack_size)
+        return [self.pack_task([self.jobs[place] for place in places]) for places in packs]
+
+    def pack_task(self, jobs: Sequence[Job]) -> Task:
+        """The process that trains built experiments together.
+
+        Args:
+            jobs: The experiments, of one batch.
+        """
+        assert self.build is not None
+        folder = self.output_dir / PACKS_FOLDER / pack_name(self.build, [job.name for job in jobs])
+        return Task(tuple(jobs), pack_command(str(folder)), folder, "local", is_pack=True)
 
     def pack_contents(self) -> dict[Path, dict[str, Any]]:
         """What has to be written for the packs to run: contents of files."""
-        if self.build is None:
-            return {}
-        common = {"build": self.build, "backend": self.backend}
-        return {
-            task.folder / PACK_FILE: {**common, "experiments": [job.name for job in task.jobs]} for task in self.tasks()
-        }
+        return dict(map(self.pack_content, self.tasks())) if self.build is not None else {}
+
+    def pack_content(self, task: Task) -> tuple[Path, dict[str, Any]]:
+        """What has to be written for one pack to run: the file, and its content.
+
+        Args:
+            task: From `pack_task`.
+        """
+        asked = {"build": self.build, "backend": self.backend, "experiments": [job.name for job in task.jobs]}
+        return task.folder / PACK_FILE, asked
 
     def _command(self, job: Job) -> list[str]:
         options = {"--config": job.config_path, "--experiment-name": job.name, "--output-dir": job.folder}
@@ -160,11 +170,13 @@ class Outcome:
         job: The experiment.
         job_id: Its job id if it was submitted or, run on the spot, succeeded; else None.
         error: What went wrong; None if nothing did.
+        cause: The same for all experiments that one thing went wrong with: the error without files of their own.
     """
 
     job: Job
     job_id: str | None = None
     error: str | None = None
+    cause: str | None = None
 
 
 class Executor(Protocol):
@@ -324,8 +336,12 @@ def _load(name: str, path: str) -> Any:
     except (ModuleNotFoundError, AttributeError) as error:
         missing = error.name or ""
         if isinstance(error, AttributeError) or missing.partition(".")[0] == module.partition(".")[0]:
-            others = [other for other in available_executors() if other not in _EXTRAS]
-            fix = f"Install a version of modelbatch-hybrid that has it, or use another execution mode: {others}"
+            fix = "Install a version of modelbatch-hybrid that has it"
         else:
             fix = f"Run: pip install 'modelbatch-hybrid[{_EXTRAS.get(name, 'config')}]'"
+        if name in _EXTRAS:
+            fix += (
+                ". Or pass another execution_mode: ExecutionMode.LOCAL runs experiments on this machine, "
+                "ExecutionMode.DRY_RUN only writes their configurations and commands"
+            )
         raise MissingExecutor(f"executor {name!r} needs {path}, which cannot be imported: {error}. {fix}") from error

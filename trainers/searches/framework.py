@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
-import re
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from datetime import datetime
-from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +24,14 @@ from trainers.config import (
     ParameterGridSearch,
 )
 from trainers.config.grid_files import base_from_file
+from trainers.searches.build_path import check_build_path
 from trainers.searches.executors import Job, Outcome, Plan, create_executor, create_launcher
 from trainers.searches.folder import GridFolder
 from trainers.searches.nested import refuse_while_importing
 from trainers.searches.packing import pack
+from trainers.searches.results_file import RESULTS_FILE, ResultsFile
+
+_LOGGER = logging.getLogger(__name__)
 
 DEFAULT_SCRIPT = Path("scripts", "train.py")
 
@@ -118,17 +120,19 @@ class ModelTrainingFramework:
             naming_strategy: How the experiments are called.
             script_path: The training script, relative to the project. Default: ``scripts/train.py``. It gets
                 ``--config FILE --experiment-name NAME --output-dir FOLDER``. Exit code 0 means complete; 75
-                (`GenericTrainer.exit_code`) means interrupted, and to be run again.
+                (`GenericTrainer.exit_code`) means interrupted, and to be run again. Metrics for the table are those in
+                ``metrics.csv`` in its folder (rows of ``step,epoch,name,value``), as ``logging.csv_log_dir`` writes it.
             rerun_failed_only: Of the grid search in ``output_dir``, run what is neither complete nor at work, under the
-                same names; the result speaks of these only.
+                same names; the result counts these only, its table has all.
             build: ``"module:function"``, importable from the project's folder: ``function(config)`` returns a
-                `trainers.built.Built`. Then ``script_path`` is not used.
+                ``model_training_framework.trainer.Built``. Then ``script_path`` is not used.
             pack_size: How many built experiments are trained at once. Default: 64, or as many as fit into memory.
             backend: Of the batches of built experiments, ``"auto"`` to try which is the fastest. Default: as for
                 `mb_torch.ModelBatch`.
 
         Returns:
-            What became of each experiment.
+            What became of each experiment, with a table of their metrics; the same is in ``results.csv`` in the output
+            folder, which is kept up to date while experiments end.
 
         Raises:
             ValidationError: Grids or experiments are invalid; all problems are listed.
@@ -183,6 +187,9 @@ class ModelTrainingFramework:
         )
         outcomes: list[Outcome] = []
         with folder.lock() as lock:
+            # A dry run has no results, and leaves those of a run as they are.
+            results_path = None if mode is ExecutionMode.DRY_RUN else folder.path / RESULTS_FILE
+            results = ResultsFile(results_path, plan.jobs, search.parameter_grids)
             folder.refuse_other_configurations(plan.jobs)
             if rerun_failed_only:
                 plan = replace(plan, jobs=folder.unsettled(plan.jobs))
@@ -193,9 +200,21 @@ class ModelTrainingFramework:
                 with closing(executor.run(replace(plan, lock=lock))) as running:
                     for outcome in running:
                         outcomes.append(outcome)  # one at a time: those before an interrupt are kept
+                        results.note(outcome)
+            except (KeyboardInterrupt, SystemExit):
+                complete = sum(outcome.error is None for outcome in outcomes)
+                _LOGGER.warning(
+                    "the grid search was stopped; %d of %d experiments are complete. To go on, call it again with "
+                    "output_dir=%r and rerun_failed_only=True",
+                    complete,
+                    len(plan.jobs),
+                    str(folder.path),
+                )
+                raise
             finally:
                 result = _result(asked, plan.jobs, outcomes, time.monotonic() - start)
                 folder.write_summary(result, moment)
+                result.experiments = results.end()
         return result
 
     def get_config_manager(self) -> ConfigurationManager:
@@ -266,21 +285,9 @@ def _check_build(
     pack([], pack_size)  # refuses a bad size
     if script_path is not None:
         raise ConfigurationError("received both build and script_path; expected one of them")
-    module = build.partition(":")[0] if isinstance(build, str) and re.fullmatch(r"[\w.]+:\w+", build) else None
-    if module is None:
-        raise ConfigurationError(f"build: received {build!r}; expected 'module:function'")
     if backend is not None and not isinstance(backend, str):
         raise ConfigurationError(f"backend: received {backend!r}; expected the name of one, 'auto', or None")
-    # Found but not imported, which may take longer than everything else here.
-    places: Sequence[str] = [str(project_root), *sys.path]
-    for name in module.split("."):
-        spec = PathFinder.find_spec(name, places)
-        if spec is None:
-            raise ConfigurationError(
-                f"build: received {build!r}, but no {name!r} was found in {project_root} or on sys.path; expected "
-                "'module:function', importable from the project's folder"
-            )
-        places = list(spec.submodule_search_locations or ())
+    check_build_path(build, project_root)
 
 
 def _result(

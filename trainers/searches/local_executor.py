@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,13 +18,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from trainers.config.errors import ConfigurationError
 from trainers.config.files import write_atomically, written
 from trainers.searches.executors import INTERRUPTED_EXIT_CODE, Job, MissingScript, Outcome, Plan, Task, read_record
 from trainers.searches.nested import environment_for, refuse_own_script
 from trainers.searches.packing import forget_outcomes, read_outcomes
+from trainers.searches.progress import SearchProgress
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -31,7 +31,13 @@ POLL_SECONDS = 0.02
 # How long children may take to save their state once they were asked to end.
 GRACE_SECONDS = 30.0
 SHOWN_CHARACTERS = 300
+# Of a file of messages that is looked at, in bytes.
+_TAIL = 4096
+# As `trainers.reporting.results` says it.
+_EPOCH = re.compile(rb"\bepoch (\d+): ")
 _INTERRUPTED = "interrupted; a rerun goes on where it was"
+# By whoever sends these a pack is ended, not by one of its experiments.
+_ASKED_TO_END = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -41,13 +47,16 @@ class _Child:
     # What is written about each of its experiments, but for their end.
     records: list[dict[str, Any]]
     start: float
+    # How much earlier runs have left in the file of messages.
+    old_messages: int
 
 
 class LocalExecutor:
     """Runs ``python SCRIPT --config F --experiment-name N --output-dir D`` for each experiment, a few at a time.
 
     Experiments that a function builds run in packs, a process each. Output goes to ``local-<index>.out`` and ``.err``
-    in the experiment's folder, that of a pack to ``local.out`` in the pack's, behind that of earlier runs. When
+    in the experiment's folder, that of a pack to ``local.out`` in the pack's, behind that of earlier runs. Where a pack
+    dies, its experiments that had not ended are tried again in halves, so that only who kills its process fails. When
     this process is interrupted, asked to terminate or hung up on, its children are asked to end, and killed after a
     while; a second Ctrl-C kills them at once. What was not complete then is no success, and neither is a script that
     ends with exit code 75: it was interrupted, and `rerun_failed_only` runs it again.
@@ -75,28 +84,29 @@ class LocalExecutor:
     def run(self, plan: Plan) -> Generator[Outcome]:
         """Run all experiments, at most ``max_concurrent_jobs`` (default 1) at once."""
         waiting, running = deque(plan.tasks()), list[_Child]()
-        total, count, at_once = len(plan.jobs), 0, min(plan.max_concurrent_jobs or 1, len(waiting))
-        # Without a terminal the bar is silent.
-        with _caught_signals() as caught, tqdm(total=total, unit="experiment", disable=None) as bar:
+        at_once = min(plan.max_concurrent_jobs or 1, len(waiting))
+        with _caught_signals() as caught, SearchProgress(len(plan.jobs)) as progress:
             try:
                 while waiting or running:
                     _raise_for(caught)
-                    outcomes = []
+                    outcomes: list[Outcome] = []
                     while waiting and len(running) < at_once:
                         task = waiting.popleft()
                         try:
                             running.append(_start(task, plan, at_once))
                         except OSError as error:
                             outcomes += [Outcome(job, error=f"could not be started: {error}") for job in task.jobs]
-                    for child in [child for child in running if child.process.poll() is not None]:
+                    ended = [child for child in running if child.process.poll() is not None]
+                    for child in ended:
                         running.remove(child)
-                        outcomes += _finish(child)
-                    for outcome in outcomes:
-                        count += 1
-                        bar.update()
-                        _log(outcome, f"{count} of {total}")
-                        yield outcome
-                    if not outcomes:
+                        halves = _halves(child, plan)
+                        waiting.extendleft(reversed(halves))
+                        again = {job.index for half in halves for job in half.jobs}
+                        outcomes += [outcome for outcome in _finish(child) if outcome.job.index not in again]
+                    progress.add(outcomes)
+                    progress.tell(lambda: next(filter(None, map(_epoch, running)), None))
+                    yield from outcomes
+                    if not ended and not outcomes:
                         time.sleep(POLL_SECONDS)
             finally:
                 _stop(running, caught)
@@ -127,6 +137,7 @@ def _start(task: Task, plan: Plan, at_once: int) -> _Child:
     try:
         with _output(task, "out").open("ab") as out, _output(task, "err").open("ab") as err:
             # A session of its own: Ctrl-C on the terminal reaches this process only, which ends the child in order.
+            old_messages = err.tell()
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -141,35 +152,80 @@ def _start(task: Task, plan: Plan, at_once: int) -> _Child:
         for job, record in zip(task.jobs, records, strict=True):
             _write(job, {**record, "state": "FAILED"})
         raise
-    return _Child(task, process, records, time.monotonic())
+    return _Child(task, process, records, time.monotonic(), old_messages)
+
+
+def _epoch(child: _Child) -> str | None:
+    """How far the experiments of a child are, where a trainer says so; a pack's all end at once."""
+    with suppress(OSError), _output(child.task, "err").open("rb") as stream:
+        stream.seek(max(child.old_messages, stream.seek(0, os.SEEK_END) - _TAIL))
+        if epochs := _EPOCH.findall(stream.read()):
+            return f"epoch {int(epochs[-1]) + 1} of {child.task.jobs[0].config.training.epochs}"
+    return None
 
 
 def _write(job: Job, record: dict[str, Any]) -> None:
     write_atomically(job.record_path, written(record, "json"))
 
 
+def _halves(child: _Child, plan: Plan) -> list[Task]:
+    """What had not ended in a pack that died, as two packs: at the end whoever kills its process is alone in it."""
+    code, task = child.process.returncode, child.task
+    left = [job for job in task.jobs if _outcomes(task).get(job.name, {}).get("state") == "INTERRUPTED"]
+    if not code or -code in _ASKED_TO_END or len(left) < 2:
+        return []
+    halves = [plan.pack_task(half) for half in (left[: len(left) // 2], left[len(left) // 2 :])]
+    try:
+        for path, content in map(plan.pack_content, halves):
+            write_atomically(path, written(content, "json"))
+    except OSError as error:
+        _LOGGER.warning("%s: experiments cannot be tried again: %s", task.folder, error)
+        return []
+    _LOGGER.warning(
+        "a pack of %d experiments died: %s; output in %s. The %d that had not ended are tried again in halves.",
+        len(task.jobs),
+        _death(code),
+        _output(task, "err"),
+        len(left),
+    )
+    return halves
+
+
 def _finish(child: _Child) -> list[Outcome]:
-    code, jobs = child.process.returncode, child.task.jobs
-    told: str | None = None
-    if code == INTERRUPTED_EXIT_CODE and not child.task.is_pack:
-        told = _INTERRUPTED
-    elif code:
-        reason = f"exit code {code}" if code > 0 else f"killed by {_signal_name(-code)} (exit code {code})"
-        last = _last_line(_output(child.task, "err"))
-        told = f"{reason}; output in {_output(child.task, 'err')}" + (f"; last line: {last}" if last else "")
-    elif child.task.is_pack:
-        told = _INTERRUPTED
-    errors = {} if told is None else {job.name: told for job in jobs}
-    for name, own in _outcomes(child.task).items():
-        if own["state"] == "COMPLETED":
-            errors.pop(name, None)
-        elif own["state"] == "FAILED":
-            errors[name] = f"{own['error']}; output in {_output(child.task, 'err')}"
-    errors |= _record_ends(child, {job.name: _state(errors.get(job.name)) for job in jobs})
+    faults = _faults(child)
+    errors = {name: error for name, (error, _) in faults.items()}
+    unwritten = _record_ends(child, {job.name: _state(errors.get(job.name)) for job in child.task.jobs})
+    faults |= {name: (error, error) for name, error in unwritten.items()}
     return [
-        Outcome(job, error=errors[job.name]) if job.name in errors else Outcome(job, job_id=_job_id(job))
-        for job in jobs
+        Outcome(job, None, *faults[job.name]) if job.name in faults else Outcome(job, job_id=_job_id(job))
+        for job in child.task.jobs
     ]
+
+
+def _faults(child: _Child) -> dict[str, tuple[str, str]]:
+    """What went wrong, by experiment: error and cause, see `Outcome`."""
+    code, task = child.process.returncode, child.task
+    place = f"; output in {_output(task, 'err')}"
+    of_all: tuple[str, str] | None = None
+    if code == INTERRUPTED_EXIT_CODE and not task.is_pack:
+        of_all = (_INTERRUPTED, _INTERRUPTED)
+    elif code:
+        last = _last_line(_output(task, "err"))
+        end = f"; last line: {last}" if last else ""
+        of_all = (f"{_death(code)}{place}{end}", f"{_death(code)}{end}")
+    elif task.is_pack:
+        of_all = (_INTERRUPTED, _INTERRUPTED)
+    faults = {} if of_all is None else {job.name: of_all for job in task.jobs}
+    for name, own in _outcomes(task).items():
+        if own["state"] == "COMPLETED":
+            faults.pop(name, None)
+        elif own["state"] == "FAILED":
+            faults[name] = (f"{own['error']}{place}", own["error"])
+    return faults
+
+
+def _death(code: int) -> str:
+    return f"exit code {code}" if code > 0 else f"killed by {_signal_name(-code)} (exit code {code})"
 
 
 def _state(error: str | None) -> str:
@@ -199,17 +255,10 @@ def _output(task: Task, suffix: str) -> Path:
     return task.folder / f"{task.output_name}.{suffix}"
 
 
-def _log(outcome: Outcome, progress: str) -> None:
-    if outcome.error is None:
-        _LOGGER.info("%s: %s is complete", progress, outcome.job.name)
-    else:
-        _LOGGER.error("%s: %s failed: %s", progress, outcome.job.name, outcome.error)
-
-
 def _last_line(path: Path) -> str:
     try:
         with path.open("rb") as stream:
-            stream.seek(max(0, path.stat().st_size - 4096))
+            stream.seek(max(0, path.stat().st_size - _TAIL))
             lines = stream.read().decode(errors="replace").split("\n")
     except OSError:
         return ""  # a script may do with its folder what it likes

@@ -46,6 +46,17 @@ def test_a_module_that_fails_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyP
         load_build("broken_for_tests:build")
 
 
+@pytest.mark.parametrize("text", ["import sys; sys.exit(0)", "1 / 0", "def build(:"])
+def test_a_module_that_cannot_be_imported_for_whatever_reason_says_so(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"unimportable_{abs(hash(text))}"
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigurationError, match=f"{name}:build.*which cannot be imported: (SystemExit|Zero|Syntax)"):
+        load_build(f"{name}:build")
+
+
 def drawing(config: ExperimentConfig) -> Built:
     """An experiment whose loss arguments are the first draws of the global generators."""
     draws = {"torch": float(torch.rand(())), "numpy": float(np.random.rand()), "python": random.random()}

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import re
 import shlex
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ import pytest
 from tests.arch.repository import ROOT
 from tests.experiments import base_config, make_project
 from trainers.config import ConfigurationError, ConfigurationManager, create_experiment_config
-from trainers.searches import executors
+from trainers.searches import executors, progress
 from trainers.searches.dry_run_executor import DryRunExecutor
 from trainers.searches.executors import INTERRUPTED_EXIT_CODE, Job, MissingExecutor, MissingScript, Outcome, Plan
 from trainers.searches.folder import GridFolder
@@ -119,8 +122,8 @@ def test_a_failing_child_is_recorded_and_the_others_go_on(
     assert [record(job)["exit_code"] for job in plan.jobs] == [1, 0, 7, -9, 0]
     assert [record(job)["state"] for job in plan.jobs] == ["FAILED", "COMPLETED", "FAILED", "FAILED", "COMPLETED"]
     assert len(caplog.messages) == 5
-    assert caplog.messages[0].startswith("1 of 5: bad failed: exit code 1")
-    assert caplog.messages[-1] == "5 of 5: last is complete"
+    assert re.match(r"1 of 5, 1 failed, about \d\d:\d\d left: bad failed: exit code 1", caplog.messages[0])
+    assert caplog.messages[-1] == "5 of 5, 3 failed: last is complete"
     folders = [job.folder for job in plan.jobs]
     assert LocalExecutor().settled(folders) == executors.settled_folders(folders) == {folders[1], folders[4]}
 
@@ -272,6 +275,74 @@ def test_what_was_complete_before_a_pack_died_stays_so(make_packs: MakePlan) -> 
     assert [record(job)["exit_code"] for job in plan.jobs] == [-9, -9]
 
 
+def dying(names: str, how: str) -> str:
+    """A pack that dies, when it comes to one of these experiments, with what is left to be done."""
+    return (
+        f"guilty = {names.split()}\n"
+        "states = dict.fromkeys(experiments, 'INTERRUPTED')\nsay(states)\n"
+        "for name in experiments:\n"
+        f"    if name in guilty: print('oh', file=sys.stderr); {how}\n"
+        "    states[name] = 'COMPLETED'\n"
+        "say(states)\n"
+    )
+
+
+@pytest.mark.parametrize("how", ["os.kill(os.getpid(), 9)", "os._exit(3)"])
+def test_a_pack_that_dies_is_tried_again_in_halves(
+    how: str, make_packs: MakePlan, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = "a b c d e f g h"
+    plan = make_packs(dying("c h", how), names)
+    outcomes = run_local(plan)
+    assert [outcome.job.name for outcome in outcomes if outcome.error is not None] == ["c", "h"]
+    assert len(outcomes) == 8
+    assert [record(job)["state"] for job in plan.jobs] == [
+        "FAILED" if job.name in "ch" else "COMPLETED" for job in plan.jobs
+    ]
+    assert "a pack of 8 experiments died" in caplog.text
+    assert "tried again in halves" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        dying("a", "os.kill(os.getpid(), 15)"),  # somebody has ended it
+        "sys.exit(1)",  # it never began
+        "say(dict.fromkeys(experiments, 'FAILED')); sys.exit(1)",  # all failed of one cause
+    ],
+)
+def test_a_pack_that_did_not_die_of_an_experiment_is_not_tried_again(script: str, make_packs: MakePlan) -> None:
+    plan = make_packs(script, "a b")
+    assert all(outcome.error is not None for outcome in run_local(plan))
+    assert len(list(plan.output_dir.glob("packs/*"))) == 1
+
+
+def test_one_cause_is_explained_once(make_plan: MakePlan, caplog: pytest.LogCaptureFixture) -> None:
+    plan = make_plan("sys.exit('no data') if options['--experiment-name'] != 'c' else 0", names="a b c d e")
+    with caplog.at_level(logging.INFO, "trainers"):
+        outcomes = run_local(plan)
+    errors = [entry for entry in caplog.records if entry.levelno == logging.ERROR]
+    assert len(errors) == 2
+    assert "a failed: exit code 1; output in" in errors[0].getMessage()
+    assert errors[1].getMessage() == (
+        "4 experiments (a, b, d, ...) failed of one cause: exit code 1; last line: no data"
+    )
+    assert re.search(r"2 of 5, 2 failed, about .* left: b failed like a", caplog.text)
+    # What each result says stays whole.
+    assert [str(outcome.error).count("output in") for outcome in outcomes] == [1, 1, 0, 1, 1]
+
+
+def test_experiments_of_a_pack_that_end_alike_are_one_line(
+    make_packs: MakePlan, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = "say({name: 'FAILED' if name < 'e' else 'COMPLETED' for name in experiments})"
+    with caplog.at_level(logging.INFO, "trainers"):
+        run_local(make_packs(script, "a b c d e f"))
+    complete, failed = caplog.messages
+    assert complete == "6 of 6, 4 failed: e, f are complete"
+    assert failed.startswith("6 of 6, 4 failed: 4 experiments (a, b, c, ...) failed: why; output in ")
+
+
 def test_what_was_complete_before_a_pack_was_stopped_stays_so(
     make_packs: MakePlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,6 +388,61 @@ def test_output_of_an_earlier_run_is_kept(make_plan: MakePlan) -> None:
     run_local(plan)
     run_local(plan)
     assert (plan.jobs[0].folder / "local-0.out").read_text() == "again\nagain\n"
+
+
+LINES = """
+import sys
+from pathlib import Path
+from tests.experiments import base_config, grid_of
+from trainers.config import ExecutionMode
+from trainers.searches.framework import ModelTrainingFramework
+print(ModelTrainingFramework(sys.argv[1]).run_grid_search(
+    [grid_of({"seed": [1, 2]})], base_config(), execution_mode=ExecutionMode.LOCAL, output_dir=Path(sys.argv[1]) / "out"
+))
+"""
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_program_without_logging_shows_how_far_it_is(tmp_path: Path, is_terminal: bool) -> None:
+    root = make_project(tmp_path / "project", "if 'seed: 2' in open(options['--config']).read(): sys.exit('no data')")
+    path = os.pathsep.join([str(ROOT), str(ROOT / "compat")])
+    ours, theirs = os.openpty() if is_terminal else os.pipe()
+    if is_terminal:
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    done = subprocess.run(
+        [sys.executable, "-c", LINES, str(root)],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        timeout=60,
+    )
+    os.close(theirs)
+    shown = ""
+    with suppress(OSError), open(ours, "rb", buffering=0) as stream:  # a terminal has no end, but an error
+        while part := stream.read(4096):
+            shown += part.decode()
+    assert done.returncode == 0, shown
+    assert len(done.stdout) < 300
+    assert re.search(r"2 of 2, 1 failed: run_\w+ failed: exit code 1", shown)
+    assert ("1 of 2, about" in shown) is not is_terminal
+    assert ("2/2" in shown) is is_terminal
+
+
+def test_the_epoch_of_what_runs_is_told(
+    make_packs: MakePlan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(progress, "_SECONDS_IN_LOG", 0.0)
+    script = (
+        "print('INFO results: epoch 0: loss 1\\nINFO results: epoch 1: loss 0.5', file=sys.stderr, flush=True)\n"
+        "time.sleep(0.5)\nsay(dict.fromkeys(experiments, 'COMPLETED'))"
+    )
+    plan = make_packs(script, "a b")
+    # Of an earlier run.
+    (plan.tasks()[0].folder / "local.err").write_text("epoch 2: loss 0.25\n")
+    with caplog.at_level(logging.INFO, "trainers"):
+        run_local(plan)
+    assert set(caplog.messages[:-1]) == {"0 of 2: epoch 2 of 3"}
+    assert caplog.messages[-1] == "2 of 2: a, b are complete"
 
 
 def test_nothing_is_drawn_without_a_terminal(make_plan: MakePlan, capsys: pytest.CaptureFixture[str]) -> None:
@@ -417,6 +543,10 @@ def test_interrupting_ends_the_children(tmp_path: Path, signals: list[int], deaf
     assert parent.returncode == exit_code, errors.decode()
     records = [json.loads(file.read_text()) for file in (root / "out").glob("*/job.json")]
     assert [record["state"] for record in records] == ["CANCELLED"] * 2
+    told = f"0 of 3 experiments are complete. To go on, call it again with output_dir={str(root / 'out')!r} and rerun_"
+    assert told in errors.decode()
+    rows = (root / "out" / "results.csv").read_text().splitlines()
+    assert sorted(row.split(",")[1] for row in rows) == ["CANCELLED", "CANCELLED", "NOT RUN", "state"]
     summary = json.loads((root / "out" / "execution_summary.json").read_text())
     assert summary["total_experiments"] == summary["failed_submissions"] == 3
     assert set(summary["failures"].values()) == {"not complete: the run was interrupted"}
@@ -504,12 +634,12 @@ def test_executors_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_missing_executor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(executors._EXECUTORS, "slurm", "no_such_package.executor:SlurmExecutor")
-    with pytest.raises(ImportError, match=r"No module named 'no_such_package'.*\['dry_run', 'local'\]") as raised:
+    with pytest.raises(ImportError, match=r"'no_such_package'.*ExecutionMode\.LOCAL.*DRY_RUN") as raised:
         executors.create_executor("slurm")
     assert isinstance(raised.value, MissingExecutor)
     slurm_module(monkeypatch)
     monkeypatch.setitem(executors._EXECUTORS, "slurm", "slurm.executor:SlurmExecutor")
-    with pytest.raises(MissingExecutor, match="has no attribute 'SlurmExecutor'.*use another execution mode"):
+    with pytest.raises(MissingExecutor, match="has no attribute 'SlurmExecutor'.*pass another execution_mode"):
         executors.create_executor("slurm")
 
 

@@ -410,6 +410,23 @@ def test_a_function_that_is_not_there(tmp_path: Path) -> None:
         run_packs(tmp_path, various(1), build="tests.packs:gone")
 
 
+def test_a_function_that_is_not_there_is_one_cause_for_all(tmp_path: Path) -> None:
+    """Or a pack that died of it would be tried again in halves."""
+    folder = write_pack(tmp_path, various(3), build="tests.packs:gone")
+    with pytest.raises(ConfigurationError):
+        run_pack(folder)
+    outcomes = json.loads((folder / "outcome.json").read_text())
+    assert set(states(outcomes).values()) == {FAILED}
+    assert len({own["error"] for own in outcomes.values()}) == 1
+
+
+def test_an_experiment_that_exits_fails_alone(tmp_path: Path) -> None:
+    configs = [pack_config("fine"), pack_config("leaves", custom_params__exits=True)]
+    outcomes = run_packs(tmp_path, configs)
+    assert states(outcomes) == {"fine": COMPLETED, "leaves": FAILED}
+    assert outcomes["leaves"]["error"] == "it cannot be built: SystemExit: 3"
+
+
 def test_two_processes_do_not_run_one_pack(tmp_path: Path) -> None:
     folder = write_pack(tmp_path, various(1))
     with (folder / ".lock").open("w") as stream:
