@@ -324,6 +324,7 @@ class JaxBackend:
             "untested_versions": untested_versions(),
             "runs": "xla",
             "reason": None,
+            "one_by_one": {},
             "compiled": True,
             "compiles": self.log.compiles,
             "compile_seconds": self.log.seconds,

@@ -720,7 +720,9 @@ class ModelBatch(nn.Module):
     def backend_report(self) -> dict[str, Any]:
         """Say how the models are run: backend, whether vectorised or one by one and why, compiled or not.
 
-        Training steps are listed apart, under ``"steps"``: what `forward` can vectorise their loss may not.
+        ``"runs"`` and ``"reason"`` are about the present mode, training or evaluation; ``"one_by_one"`` has the reason
+        for each mode (``"train"``, ``"eval"``) in which a call ran the models one after another. Training steps are
+        listed apart, under ``"steps"``: what `forward` can vectorise their loss may not.
 
         Example:
             >>> report = ModelBatch([nn.Linear(4, 2) for _ in range(3)]).backend_report()
