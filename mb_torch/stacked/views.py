@@ -30,10 +30,12 @@ class PerModelOptimizer(torch.optim.Optimizer):
         defaults: The optimizer's default options.
 
     Attributes:
+        optimizer_cls: The class that each model alone would be trained with.
         num_models: How many models there are.
         updates_done: Counts the updates.
     """
 
+    optimizer_cls: type[torch.optim.Optimizer]
     # A stock GradScaler then leaves unscaling and skipping to `step`, through `grad_scale` and `found_inf`.
     _step_supports_amp_scaling = True
 

@@ -150,9 +150,8 @@ def test_stopped_before_the_first_batch_of_an_epoch(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "step"),
     [
-        ("single", 6),
         ("batch", 4),
-        *(pytest.param(*case, marks=pytest.mark.long) for case in [("single", 1), ("batch", 7)]),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in [("single", 1), ("single", 6), ("batch", 7)]),
     ],
 )
 def test_killed_without_warning(kind: str, step: int, tmp_path: Path) -> None:
