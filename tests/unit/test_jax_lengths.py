@@ -126,7 +126,8 @@ class TestSteps:
         assert programs(mb) == len(set(sets))
 
     @pytest.mark.parametrize(
-        ("steps", "accumulate"), [(3, 2), *(pytest.param(*own, marks=pytest.mark.long) for own in [(1, 1), (1, 2), (3, 1)])]
+        ("steps", "accumulate"),
+        [(3, 2), *(pytest.param(*own, marks=pytest.mark.long) for own in [(1, 1), (1, 2), (3, 1)])],
     )
     def test_rows_of_a_data_set(self, steps: int, accumulate: int) -> None:
         tokens, targets = torch.randint(0, 7, (8, 5)), torch.randint(0, 2, (8,))
