@@ -412,7 +412,8 @@ class ModelBatch(nn.Module):
             shared_targets: As for `make_train_step`.
 
         Returns:
-            What was measured, to be printed, and the arguments of `ModelBatch` that follow from it (``.options``).
+            What was measured and what was not tried, to be printed, and the arguments of `ModelBatch` that follow from
+            it (``.options``).
 
         Raises:
             InvalidInput: Arguments that do not fit. Errors of the model and of the loss are raised as they are.
