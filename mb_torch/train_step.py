@@ -353,7 +353,7 @@ def _listed(names: Sequence[str]) -> str:
 def _optimizer_name(optimizer: torch.optim.Optimizer | None) -> str:
     if optimizer is None:
         return "None"
-    return (optimizer.optimizer_cls if isinstance(optimizer, PerModelOptimizer) else type(optimizer)).__name__
+    return optimizer.class_name if isinstance(optimizer, PerModelOptimizer) else type(optimizer).__name__
 
 
 def _name_of(loss: Any) -> str:

@@ -77,6 +77,14 @@ def test_optimizers_and_losses_have_the_names_of_their_classes() -> None:
         assert "clip_norm=one per model" in repr(step)
 
 
+def test_classes_that_share_a_rule_keep_their_names() -> None:
+    for backend in ("torch", "jax"):
+        if backend == "jax":
+            pytest.importorskip("jax")
+        mb = batch(backend=backend)
+        assert "optimizer=AdamW" in repr(mb.make_train_step(F.cross_entropy, optimizer_for(mb, torch.optim.AdamW)))
+
+
 def test_a_joint_step() -> None:
     one, other = batch(), ModelBatch([nn.Linear(4, 3) for _ in range(3)])
 
