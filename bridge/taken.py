@@ -42,12 +42,17 @@ def taken_by(function: TensorFunction, inputs: Sequence[Tensor]) -> list[Tensor]
     if random.getstate() != of_python or not _equal(np.random.get_state(), of_numpy):
         random.setstate(of_python)
         np.random.set_state(of_numpy)
-        raise Unsupported(
-            "random numbers of Python's random or of numpy.random are drawn, which a compiled program does only once",
-            fix="Draw with PyTorch (torch.rand and torch.where on it), or use backend='torch'.",
-        )
+        raise draws_refused("Python's random or of numpy.random")
     foreign.refuse_changes()
     return foreign.tensors
+
+
+def draws_refused(source: str) -> Unsupported:
+    """Return the error for numbers that a function draws from elsewhere than PyTorch."""
+    return Unsupported(
+        f"random numbers of {source} are drawn, which a compiled program does only once",
+        fix="Draw with PyTorch (torch.rand and torch.where on it), or use backend='torch'.",
+    )
 
 
 def _equal(state: Any, other: Any) -> bool:

@@ -147,7 +147,13 @@ def trace(function: TensorFunction, inputs: Sequence[Tensor], modules: Sequence[
         raise Unsupported(f"{name} cannot be recorded: {type(failure).__name__}: {first_line}") from failure
     module.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     nodes = list(module.graph.nodes)
-    constants = {node.target: getattr(module, node.target).detach() for node in nodes if node.op == "get_attr"}
+    outside = {node.target: getattr(module, node.target) for node in nodes if node.op == "get_attr"}
+    if any(isinstance(value, torch.Generator) for value in outside.values()):
+        raise Unsupported(
+            "random numbers of a torch.Generator are drawn, which a compiled program cannot do",
+            fix="Draw without generator=; seeds= gives every model random numbers of its own.",
+        )
+    constants = {name: value.detach() for name, value in outside.items()}
     draws = any(node.op == "call_function" and is_random(node.target) for node in nodes)
     dtypes = [result.meta["val"].dtype for result in nodes[-1].args[0]]
     # The text of a graph says of its constants only what they are called.

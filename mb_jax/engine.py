@@ -24,7 +24,7 @@ from mb_jax.convolution import convolution_form
 from mb_jax.mirror import MirrorBuffer, MirrorParameter, as_mirrors
 from mb_jax.optim import JaxOptimizer, MirrorStack, arrays_of, keep
 from mb_jax.options import JaxOptions
-from mb_jax.outside import own_forwards, read_by, settings
+from mb_jax.outside import own_forwards, own_generators_kept, read_by, settings
 from mb_jax.programs import ModelProgram, over_models, part_of, shared, signature
 from mb_jax.rng import Random, random_state
 from mb_jax.sharding import EVERYWHERE, ONE_DEVICE, Layout, along, layout_for, placed
@@ -87,7 +87,7 @@ class JaxBackend:
         self.layout = layout_for(self.spec.num_models, self.options.devices, num_numbers)
         self.definition = Definition(self.spec.prototype, self.spec.state)
         self.modules = list(self.spec.prototype.modules())
-        self._forwards_of_users = own_forwards(self.modules)
+        self.forwards_of_users = own_forwards(self.modules)
         self._forwards: ByValue[_Forward] = ByValue()
         self._steps: WeakSet[FusedStep] = WeakSet()
         self.log = CompileLog()
@@ -145,16 +145,17 @@ class JaxBackend:
         key = self._key(arguments, num_models, layout)
         known = self._forwards.get(key, arguments.leaves)
         if known is None or not known.program.is_current():
-            program = ModelProgram(
-                [self.definition],
-                _call_model,
-                [self.example()],
-                arguments,
-                len(arguments.leaves),
-                translator=self.options.translator,
-                verify=self.options.verify,
-                tried=self._forwards.places(key),
-            )
+            with own_generators_kept(*self.forwards_of_users):
+                program = ModelProgram(
+                    [self.definition],
+                    _call_model,
+                    [self.example()],
+                    arguments,
+                    len(arguments.leaves),
+                    translator=self.options.translator,
+                    verify=self.options.verify,
+                    tried=self._forwards.places(key),
+                )
             known = self._compiled(program, arguments, num_models, layout)
             # Anew: a forward pass may leave something in its module, a counter say, and has run.
             key = self._key(arguments, num_models, layout)
@@ -170,7 +171,7 @@ class JaxBackend:
         # Neither needs values, for which mirrors would look at each access.
         with torch._C.DisableTorchFunctionSubclass():
             kinds = tuple([(tensor.dtype, tensor.requires_grad) for tensor in tensors])
-        return settings(self.modules), read_by(*self._forwards_of_users), kinds
+        return settings(self.modules), read_by(*self.forwards_of_users), kinds
 
     def _compiled(self, program: ModelProgram, arguments: Arguments, num_models: int, layout: Layout) -> _Forward:
         tensors = [
@@ -324,6 +325,7 @@ class JaxBackend:
             "untested_versions": untested_versions(),
             "runs": "xla",
             "reason": None,
+            "one_by_one": {},
             "compiled": True,
             "compiles": self.log.compiles,
             "compile_seconds": self.log.seconds,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dis
 import functools
 import logging
+import pickle
+import random
 import sys
 import types
 from collections import deque
@@ -21,7 +23,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from bridge.keys import PLAIN, Same, constant_key, value_key
+from bridge.taken import draws_refused
 from mb_torch.compatibility import is_filled
+from mb_torch.errors import Unsupported
 from mb_torch.stacked.definition import Definition
 
 _logger = logging.getLogger("modelbatch.jax")
@@ -119,6 +123,49 @@ def read_by(*functions: Callable[..., Any]) -> Hashable:
     return tuple([reader.function(function) for function in functions])
 
 
+@contextmanager
+def own_generators_kept(*functions: Callable[..., Any]) -> Iterator[None]:
+    """Refuse, of generators of random numbers that functions read from outside, those that are drawn from in the block.
+
+    Raises:
+        Unsupported: One of Python's or NumPy's was drawn from; its state is put back.
+    """
+    finder = _GeneratorFinder()
+    for function in functions:
+        finder.function(function)
+    before = [(generator, _state_of(generator)) for generator in finder.found]
+    error: Exception | None = None
+    try:
+        yield
+    except Unsupported as caught:  # numbers of its own are why the comparison with PyTorch fails
+        error = caught
+    drawn = [(generator, state) for generator, state in before if _state_of(generator) != state]
+    for generator, state in drawn:
+        _restore(generator, state)
+    if drawn:
+        generator = drawn[0][0]
+        library = "random" if isinstance(generator, random.Random) else "numpy.random"
+        raise draws_refused(f"a {library}.{type(generator).__name__} of your own") from error
+    if error is not None:
+        raise error
+
+
+def _state_of(generator: Any) -> bytes:
+    state = generator.getstate() if isinstance(generator, random.Random) else _bits(generator).state
+    return pickle.dumps(state)
+
+
+def _restore(generator: Any, state: bytes) -> None:
+    if isinstance(generator, random.Random):
+        generator.setstate(pickle.loads(state))
+    else:
+        _bits(generator).state = pickle.loads(state)
+
+
+def _bits(generator: np.random.Generator | np.random.RandomState) -> Any:
+    return generator.bit_generator if isinstance(generator, np.random.Generator) else generator._bit_generator
+
+
 class _Reader:
     """One walk over what functions read; what has been read is not read again."""
 
@@ -211,6 +258,11 @@ class _Reader:
         if not self._is_new(container, names=names):
             return None
         if len(container) > _MOST_ENTRIES:
+            _warn(
+                f"a model or loss reads a {type(container).__name__} of {len(container)} entries: on XLA a change of "
+                f"these does not count, as it does with {_MOST_ENTRIES:,} or fewer; replace it by another one, or give "
+                "what changes as loss_args= or shared_args="
+            )
             return Same(container), len(container)
         if isinstance(container, Mapping):
             return tuple([(constant_key(key), self._read(value, names)) for key, value in container.items()])
@@ -244,6 +296,22 @@ class _Reader:
         return self._read(member, names) if type(member) in PLAIN or self._is_new(member, owner, names) else None
 
 
+class _GeneratorFinder(_Reader):
+    """A walk that collects the generators of random numbers, those too of which only a method is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Any] = []
+
+    def _key_of(self, value: Any, names: frozenset[str]) -> Hashable:
+        for own in (value, getattr(value, "__self__", None)):
+            # That of the system has no state.
+            if isinstance(own, _GENERATORS) and not isinstance(own, random.SystemRandom):
+                self.found.append(own)
+        return super()._key_of(value, names)
+
+
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 _NO_NAMES: frozenset[str] = frozenset()
 _CALLABLE = (types.FunctionType, types.MethodType, functools.partial)
 

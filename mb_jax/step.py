@@ -249,6 +249,7 @@ class FusedStep:
         return {
             "runs": "xla",
             "reason": None,
+            "one_by_one": {},
             "compiled": True,
             "translations": self._context.reports(),
         }

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from bridge.by_value import ByValue
 from bridge.keys import surroundings
 from mb_jax.convolution import convolution_form
-from mb_jax.outside import read_by
+from mb_jax.outside import own_generators_kept, read_by
 from mb_jax.programs import ModelProgram, signature
 from mb_jax.rng import Random, random_state
 from mb_jax.sharding import common_layout
@@ -100,7 +100,9 @@ class StepContext:
         key = self._key(arguments)
         known = self._programs.get(key, arguments.leaves)
         if known is None or not known.model.is_current():
-            known = KnownProgram(self._translated(arguments, self._programs.places(key)))
+            forwards = [forward for backend in self.backends for forward in backend.forwards_of_users]
+            with own_generators_kept(self.spec.loss_fn, *forwards):
+                known = KnownProgram(self._translated(arguments, self._programs.places(key)))
             # Anew: models and loss may leave something behind, a counter say, and have run.
             self._programs.put(self._key(arguments), known.model.by_value, arguments.leaves, known)
         return known

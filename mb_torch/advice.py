@@ -66,6 +66,7 @@ class Advice:
     Attributes:
         num_models: How many models were trained.
         trials: All ways that were tried, the fastest first, failed ones last.
+        not_tried: What was left out, why, and how to try it; one line each.
 
     Example:
         >>> fused, loop = Trial("torch", seconds=0.01, first_seconds=0.1), Trial(None, seconds=0.04, first_seconds=0.1)
@@ -76,6 +77,7 @@ class Advice:
 
     num_models: int
     trials: tuple[Trial, ...]
+    not_tried: tuple[str, ...] = ()
 
     @property
     def best(self) -> Trial:
@@ -126,6 +128,7 @@ class Advice:
             compiled = " and call enable_compile()" if self.best.compiled else ""
             given = ", ".join(f"{name}={value!r}" for name, value in self.options.items() if value is not None)
             lines.append(f"Advice: ModelBatch(models, {given}){compiled}; {self.speedup:.1f} times as fast.")
+        lines += [f"Not tried: {left_out}" for left_out in self.not_tried]
         return "\n".join(lines)
 
 
@@ -151,18 +154,28 @@ def advise(
         raise InvalidInput("backends", received=sorted(unknown), expected=f"some of {available_backends()}")
     with torch.random.fork_rng():
         trainer = _Trainer(batch, inputs, targets, loss_fn, optimizer_cls, seconds, shared_targets)
-        trials = [trainer.loop()]
+        trials, compilable = [trainer.loop()], []
         for name in available_backends() if backends is None else backends:
             trials.append(trainer.batched(Trial(name)))
-            # A backend that is compiled anyway says so.
-            if compiled and not trainer.is_compiled:
+            if not trainer.may_be_compiled:
+                continue
+            if compiled:
                 trials.append(trainer.batched(Trial(name, compiled=True)))
+            else:
+                compilable.append(name)
         working = [trial for trial in trials if trial.backend is not None and trial.seconds is not None]
         if working:
             fastest = min(working, key=_seconds)
             sizes = dict.fromkeys(size for size in (batch.num_models // 4, batch.num_models // 16) if size > 1)
             trials += [trainer.batched(replace(Trial(fastest.backend), chunk_size=size)) for size in sizes]
-    return Advice(batch.num_models, tuple(sorted(trials, key=_seconds)))
+    return Advice(batch.num_models, tuple(sorted(trials, key=_seconds)), tuple(map(_not_compiled, compilable)))
+
+
+def _not_compiled(backend: str) -> str:
+    return (
+        f"enable_compile() on backend={backend!r}, because compiling takes ten seconds and more; "
+        "mb.advise(..., compiled=True) tries it."
+    )
 
 
 def _seconds(trial: Trial) -> float:
@@ -185,7 +198,7 @@ class _Trainer:
         self._batch, self._inputs, self._targets = batch, inputs, targets
         self._loss_fn, self._optimizer_cls, self._budget = loss_fn, optimizer_cls, seconds
         self._shared_targets = self._are_shared() if shared_targets is None else shared_targets
-        self.is_compiled = False
+        self.may_be_compiled = False
 
     def _are_shared(self) -> bool:
         inputs = self._inputs if self._batch.shared_input else of_first_model(self._inputs)
@@ -222,6 +235,7 @@ class _Trainer:
 
     def batched(self, trial: Trial) -> Trial:
         """All at once; what a backend cannot do is part of the answer."""
+        self.may_be_compiled = False
         try:
             batch = self._copy(trial)
             factory = OptimizerFactory(self._optimizer_cls)
@@ -230,7 +244,10 @@ class _Trainer:
             first, each = self._time(lambda: train_step(self._inputs, self._targets).sum().item())
         except (ModelBatchError, RuntimeError, ImportError) as error:
             return replace(trial, failure=str(error).strip().split("\n", 1)[0])
-        self.is_compiled = bool(batch.backend_report()["compiled"])
+        (report,) = batch.backend_report()["steps"]
+        # Not where the backend compiles anyway, nor where it runs one model after another.
+        is_batched = report["runs"] != "one by one"
+        self.may_be_compiled = batch.backend.capabilities.torch_compile and is_batched and not report["compiled"]
         return replace(trial, seconds=each, first_seconds=first)
 
     def _copy(self, trial: Trial) -> ModelBatch:

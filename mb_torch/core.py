@@ -412,7 +412,8 @@ class ModelBatch(nn.Module):
             shared_targets: As for `make_train_step`.
 
         Returns:
-            What was measured, to be printed, and the arguments of `ModelBatch` that follow from it (``.options``).
+            What was measured and what was not tried, to be printed, and the arguments of `ModelBatch` that follow from
+            it (``.options``).
 
         Raises:
             InvalidInput: Arguments that do not fit. Errors of the model and of the loss are raised as they are.
@@ -720,7 +721,9 @@ class ModelBatch(nn.Module):
     def backend_report(self) -> dict[str, Any]:
         """Say how the models are run: backend, whether vectorised or one by one and why, compiled or not.
 
-        Training steps are listed apart, under ``"steps"``: what `forward` can vectorise their loss may not.
+        ``"runs"`` and ``"reason"`` are about the present mode, training or evaluation; ``"one_by_one"`` has the reason
+        for each mode (``"train"``, ``"eval"``) in which a call ran the models one after another. Training steps are
+        listed apart, under ``"steps"``: what `forward` can vectorise their loss may not.
 
         Example:
             >>> report = ModelBatch([nn.Linear(4, 2) for _ in range(3)]).backend_report()
@@ -740,9 +743,25 @@ class ModelBatch(nn.Module):
         self._spec.state.retie_buffers()
         return self
 
+    def __repr__(self) -> str:
+        # In one line: the tree of stacks has none of the models' classes. `print(mb.prototype)` shows these.
+        return f"{type(self).__name__}({self.extra_repr()})"
+
     def extra_repr(self) -> str:
-        """Show what the batch holds."""
+        """Say how many models of which class there are, and how they run.
+
+        Example:
+            >>> ModelBatch([nn.Linear(4, 2) for _ in range(3)], chunk_size=2)
+            ModelBatch(3 x Linear, 10 parameters each, dtype=float32, backend='torch', device=cpu, shared_input=True,
+                chunk_size=2, has_seeds=False)
+        """
+        stacks = [*self.stacked_params.values()]
+        # Stacks that are mirrors of arrays are on the host, wherever the arrays are.
+        device = self.backend.report().get("platform", ", ".join(dict.fromkeys(str(stack.device) for stack in stacks)))
+        dtype = ", ".join(dict.fromkeys(str(stack.dtype).removeprefix("torch.") for stack in stacks))
+        size = sum(stack.numel() for stack in stacks) // self.num_models
         return (
-            f"{type(self.prototype).__name__}, num_models={self.num_models}, shared_input={self.shared_input}, "
-            f"backend={self.backend.name!r}"
+            f"{self.num_models} x {type(self.prototype).__name__}, {size:,} parameters each, dtype={dtype or None}, "
+            f"backend={self.backend.name!r}, device={device or None}, shared_input={self.shared_input}, "
+            f"chunk_size={self._spec.chunk_size}, has_seeds={self.streams is not None}"
         )

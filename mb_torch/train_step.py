@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from mb_torch.backend import Step, StepSpec
 from mb_torch.errors import InvalidInput
+from mb_torch.stacked.views import PerModelOptimizer
 from mb_torch.targets import (
     batch_length,
     check_per_model,
@@ -66,6 +68,30 @@ class TrainStep:
         self._shared_targets = shared_targets
         self._plain_loss = plain_loss
         self._decided: dict[Any, bool] = {}
+
+    def __repr__(self) -> str:
+        spec = self._spec
+        bound = spec.clip_norm
+        loss = spec.loss_fn if self._plain_loss is None else self._plain_loss
+        given = {
+            "loss": _name_of(loss),
+            "models": _listed([f"{b.num_models} x {type(b.prototype).__name__}" for b in self._batches]),
+            "optimizer": _listed([_optimizer_name(optimizer) for optimizer in spec.optimizers]),
+            "backend": repr(self._batches[0].backend.name),
+        }
+        # What is as usual is not worth its place.
+        options = {
+            "loss_args": [*spec.loss_args],
+            "shared_args": [*spec.shared_args],
+            "clip_norm": "one per model" if isinstance(bound, Tensor) and bound.dim() else bound,
+            "accumulate": None if spec.accumulate == 1 else spec.accumulate,
+            "active": None if spec.active is None else f"{int(spec.active.sum())} of {len(spec.active)}",
+            "scaler": None if spec.scaler is None else type(spec.scaler).__name__,
+            "aux": spec.aux,
+            "shared_targets": None if self._shared_targets is None else str(self._shared_targets),
+        }
+        given |= {name: str(value) for name, value in options.items() if value not in (None, False, [])}
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in given.items())})"
 
     @property
     def loss_args(self) -> dict[str, Tensor]:
@@ -318,6 +344,22 @@ def _check_batches(batches: list[ModelBatch], optimizers: list[torch.optim.Optim
             raise InvalidInput(f"batch {index} has an optimizer but no parameter that requires a gradient")
     if all(optimizer is None for optimizer in optimizers):
         raise InvalidInput("a training step", received="no optimizer", expected="at least one")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"[{', '.join(names)}]"
+
+
+def _optimizer_name(optimizer: torch.optim.Optimizer | None) -> str:
+    if optimizer is None:
+        return "None"
+    return optimizer.class_name if isinstance(optimizer, PerModelOptimizer) else type(optimizer).__name__
+
+
+def _name_of(loss: Any) -> str:
+    while isinstance(loss, partial):
+        loss = loss.func
+    return getattr(loss, "__name__", type(loss).__name__)
 
 
 def _checked_active(active: Tensor | None, num_models: int) -> Tensor | None:

@@ -165,6 +165,7 @@ class StackedOptimizer(PerModelOptimizer):
         self._options_of = itemgetter(*rule.numbers, *rule.switches)
         # Knows how a parameter group of any torch version becomes one of this version.
         self._single = singles[0]
+        self.class_name = type(singles[0]).__name__
         initial = {name: [s.param_groups[0][key] for s in singles] for name, key in rule.initial.items()}
         self._stacked_state = self.state_cls(rule, stacks, num_models, initial)
         self._forget()

@@ -30,10 +30,12 @@ class PerModelOptimizer(torch.optim.Optimizer):
         defaults: The optimizer's default options.
 
     Attributes:
+        class_name: Name of the class that each model alone would be trained with.
         num_models: How many models there are.
         updates_done: Counts the updates.
     """
 
+    class_name: str
     # A stock GradScaler then leaves unscaling and skipping to `step`, through `grad_scale` and `found_inf`.
     _step_supports_amp_scaling = True
 
@@ -257,7 +259,7 @@ class ViewOptimizer(PerModelOptimizer):
         stacks: Sequence[Stack],
         num_models: int,
     ) -> None:
-        self.optimizer_cls = optimizer_cls
+        self.optimizer_cls, self.class_name = optimizer_cls, optimizer_cls.__name__
         self._configs = [dict(config) for config in configs]
         self.optimizers = [
             call_with_config(f"model {i}", optimizer_cls, ([stack.view(i) for stack in stacks],), config)

@@ -206,7 +206,7 @@ class VmapBackend:
     def _how(self, fallback: Fallback, uncompiled: bool) -> dict[str, Any]:
         how = "one by one" if fallback.one_by_one else "vmap" if self.vectorises else "plain PyTorch"
         compiled = self.compile_options is not None and not uncompiled and not fallback.one_by_one
-        return {"runs": how, "reason": fallback.reason, "compiled": compiled}
+        return {"runs": how, "reason": fallback.reason, "one_by_one": fallback.reasons, "compiled": compiled}
 
 
 def _no_flax(method: str) -> Unsupported:

@@ -168,9 +168,9 @@ class Fallback:
 
     def __init__(self, definitions: Sequence[BatchableDefinition]) -> None:
         self.definitions = list(definitions)
-        self._one_by_one: set[bool] = set()
+        # Why, for training (True) and evaluation (False): a layer may be batchable in one of them only.
+        self._reasons: dict[bool, str] = {}
         self._proven: set[bool] = set()
-        self.reason: str | None = None
 
     @property
     def _training(self) -> bool:
@@ -179,7 +179,17 @@ class Fallback:
     @property
     def one_by_one(self) -> bool:
         """Whether models run one after another in the present mode, training or evaluation."""
-        return self._training in self._one_by_one
+        return self._training in self._reasons
+
+    @property
+    def reason(self) -> str | None:
+        """Why models run one after another in the present mode; None if they do not."""
+        return self._reasons.get(self._training)
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Why models run one after another, for each mode ("train", "eval") in which they do."""
+        return {"train" if training else "eval": reason for training, reason in self._reasons.items()}
 
     def run(
         self,
@@ -193,7 +203,7 @@ class Fallback:
         ``buffers`` are those that a pass may change; after a failed try they are put back.
         """
         training = self._training
-        if training in self._one_by_one:
+        if training in self._reasons:
             return one_by_one(arguments)
         # A pass that fails half-way has already updated some buffers and may have changed its inputs.
         proven = training in self._proven
@@ -221,18 +231,14 @@ class Fallback:
         except Exception:
             _put_back(buffers, saved)
             raise
-        self._one_by_one.add(training)
-        self._warn(error)
-        return result
-
-    def _warn(self, error: Exception) -> None:
         first_line = str(error).strip().split("\n", 1)[0]
-        self.reason = f"{self._culprit(error)} cannot be batched ({first_line[:160]})"
+        self._reasons[training] = f"{self._culprit(error)} cannot be batched ({first_line[:160]})"
         warnings.warn(
-            f"{self.reason}; its models run one after another, correct but no faster than a loop",
+            f"{self._reasons[training]}; its models run one after another, correct but no faster than a loop",
             UserWarning,
-            stacklevel=5,
+            stacklevel=4,
         )
+        return result
 
     def _culprit(self, error: Exception) -> str:
         """Name the innermost submodule in the traceback."""

@@ -121,6 +121,7 @@ def test_wheel_describes_itself(wheel: Path) -> None:
     assert "modelbatch = cli.main:main" in entry_points
 
 
+@pytest.mark.long
 def test_installed_wheel_imports_away_from_the_repository(installation: Installation) -> None:
     files = json.loads(installation.run("python", "-I", "-c", IMPORT_EVERYTHING, *PACKAGES))
     assert set(PACKAGES) <= set(files)
@@ -128,5 +129,6 @@ def test_installed_wheel_imports_away_from_the_repository(installation: Installa
     assert {name: file for name, file in files.items() if not str(Path(file).resolve()).startswith(inside)} == {}
 
 
+@pytest.mark.long
 def test_installed_command_runs(installation: Installation) -> None:
     assert "demo" in installation.run("modelbatch", "--help")

@@ -61,6 +61,8 @@ def test_both_backends() -> None:
     pytest.importorskip("jax")
     found = batch().advise(X, Y, nn.functional.mse_loss, seconds=QUICK)
     assert {trial.backend for trial in found.trials} == {None, "torch", "jax"}
+    # What XLA has compiled cannot be compiled once more.
+    assert [left_out.split(",")[0] for left_out in found.not_tried] == ["enable_compile() on backend='torch'"]
     assert all(trial.seconds for trial in found.trials)
 
 
@@ -93,6 +95,32 @@ def test_a_loop_of_many_models_is_measured_on_some(monkeypatch: pytest.MonkeyPat
     trainer = advice._Trainer(batch(32), X, Y, nn.functional.mse_loss, torch.optim.SGD, 1.0, True)
     loop = trainer.loop()
     assert (loop.seconds, loop.first_seconds) == (4.0, 6.0)
+
+
+def test_what_was_not_tried_is_said_where_it_could_help() -> None:
+    found = batch().advise(X, Y, nn.functional.mse_loss, backends=["torch"], seconds=QUICK)
+    (left_out,) = found.not_tried
+    assert "enable_compile() on backend='torch', because" in left_out
+    assert "mb.advise(..., compiled=True) tries it." in left_out
+    assert str(found).endswith(f"Not tried: {left_out}")
+
+
+def test_compiling_is_not_advised_where_models_run_one_by_one() -> None:
+    def looks(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return nn.functional.mse_loss(outputs, targets) * (1 + 0 * outputs.max().item())
+
+    with pytest.warns(UserWarning, match="cannot be batched"):
+        found = batch().advise(X, Y, looks, backends=["torch"], seconds=QUICK)
+    assert found.not_tried == ()
+    assert "Not tried" not in str(found)
+
+
+def test_compiling_is_tried_where_it_does_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    enable = ModelBatch.enable_compile
+    monkeypatch.setattr(ModelBatch, "enable_compile", lambda self: enable(self, backend="eager"))
+    found = batch(2).advise(X, Y, nn.functional.mse_loss, backends=["torch"], compiled=True, seconds=QUICK)
+    assert [trial.backend for trial in found.trials if trial.compiled] == ["torch"]
+    assert found.not_tried == ()
 
 
 def test_errors_of_the_model_are_its_own() -> None:

@@ -68,7 +68,9 @@ def test_contestants_on_jax_train_the_same_models(name: str) -> None:
     agrees_with_the_loop(name, SWEEP)
 
 
-@pytest.mark.parametrize("name", [bars.FUSED, bars.JAX_FUSED, *CONVOLUTIONS])
+@pytest.mark.parametrize(
+    "name", [bars.FUSED, *(pytest.param(name, marks=pytest.mark.long) for name in [bars.JAX_FUSED, *CONVOLUTIONS])]
+)
 def test_contestants_train_the_same_convolutions(name: str) -> None:
     agrees_with_the_loop(name, IMAGES)
 
@@ -199,6 +201,7 @@ def test_a_worker_keeps_the_losses_of_every_step_of_a_call(name: str) -> None:
         assert worker.losses().shape == (25, SMALL.num_models)
 
 
+@pytest.mark.long
 def test_a_disagreement_fails_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def disagree(*_: object) -> float:
         raise Disagreement("the weights differ")
@@ -353,6 +356,7 @@ def test_the_figure_of_the_comparison(tmp_path: Path) -> None:
     assert text.count('id="axes_') == 2
 
 
+@pytest.mark.long
 def test_what_was_measured_before_a_failure_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     full = equal_results()
     first, second = list(comparison.plan(Choices(left_out=tuple(bars.PEERS))).races)[:2]
@@ -477,6 +481,7 @@ def test_a_quick_run(name: str, contestants: set[str], tmp_path: Path) -> None:
     assert output.with_suffix(".md").read_text() == finished.stdout
 
 
+@pytest.mark.long
 def test_a_quick_run_of_packing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     # Both are of the process.
     monkeypatch.setattr(logging, "disable", lambda level: None)

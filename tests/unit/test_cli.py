@@ -433,6 +433,7 @@ class TestReport:
             assert part in shown
 
 
+@pytest.mark.long
 def test_simple_demo() -> None:
     """The script that newcomers read first; its two ways of training must agree."""
     printed = run_python((ROOT / "examples" / "simple_demo.py").read_text()).stdout

@@ -264,6 +264,7 @@ def test_a_shared_argument_changes(dynamo: Any) -> None:
     run_both(dynamo, drive, shared_args={"penalty": False})
 
 
+@pytest.mark.long
 def test_parameters_are_frozen_and_thawed(dynamo: Any) -> None:
     def drive(mb: ModelBatch, step: Any) -> Any:
         mb.prototype.both = True
@@ -309,7 +310,9 @@ def test_buffers_of_routed_rows_change_once(dynamo: Any) -> None:
     assert compiled.stacked_buffers["num_batches_tracked"].tolist() == [1, 0, 1]
 
 
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, pytest.param(lambda value: pickle.loads(pickle.dumps(value)), marks=pytest.mark.long)]
+)
 def test_a_copy_of_a_compiled_step_runs_its_own_models(dynamo: Any, how: Any) -> None:
     mb = ModelBatch(build(lambda: Branches(0.5)))
     mb.enable_compile(backend="eager")
@@ -327,6 +330,7 @@ def test_a_copy_of_a_compiled_step_runs_its_own_models(dynamo: Any, how: Any) ->
     assert_equal([dict(state) for state in mb.get_model_states()], before)
 
 
+@pytest.mark.long
 def test_many_batches_compile_each_for_itself(dynamo: Any) -> None:
     for width in range(2, 13):
         before = compiles(dynamo)
@@ -374,6 +378,7 @@ def test_a_forward_that_cannot_be_compiled_runs_without(dynamo: Any) -> None:
     assert not mb.backend_report()["compiled"]
 
 
+@pytest.mark.long
 def test_too_many_graphs(dynamo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mb_torch.vmap.compiled._GRAPHS", 3)
 

@@ -291,20 +291,6 @@ def test_a_mix_of_dtypes_raises_as_in_pytorch() -> None:
         mb(X.long())
 
 
-@pytest.mark.parametrize("draw", [random.random, np.random.rand])
-def test_random_numbers_of_python_are_refused(draw: Callable[[], float]) -> None:
-    class Drops(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(3, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.linear(x) if draw() < 2 else x
-
-    with pytest.raises(Unsupported, match=r"numpy\.random are drawn(.|\n)*torch\.rand"):
-        ModelBatch([Drops() for _ in range(2)], backend="jax")(X)
-
-
 @pytest.mark.parametrize("view", [False, True])
 def test_writes_to_tensors_from_outside_are_refused(view: bool) -> None:
     average = torch.ones(3)
@@ -524,3 +510,17 @@ class TestTaken:
         other.prototype.factors[0] = 2.0
         assert_close(other(X).detach().clone(), 2 * before)
         assert_close(mb(X).detach().clone(), before)
+
+
+@pytest.mark.parametrize("large", [dict.fromkeys(range(10_001), 1.0), [1.0] * 10_002], ids=["dict", "list"])
+def test_large_containers_are_said_not_to_be_read(large: Any, caplog: pytest.LogCaptureFixture) -> None:
+    def loss(outputs: Tensor) -> Tensor:
+        return outputs.sum() * large[0]
+
+    with caplog.at_level(logging.WARNING, logger="modelbatch.jax"):
+        before = read_by(loss)
+        large[0] = 2.0
+        assert read_by(loss) == before
+    (told,) = caplog.messages
+    assert f"a {type(large).__name__} of {len(large)} entries" in told
+    assert "loss_args" in told

@@ -285,7 +285,7 @@ def test_interpolation(settings: dict[str, Any]):
 
 
 @pytest.mark.parametrize("padding", ["zeros", "border", "reflection"])
-@pytest.mark.parametrize("mode", ["bilinear", "nearest", "bicubic"])
+@pytest.mark.parametrize("mode", ["bilinear", "nearest", pytest.param("bicubic", marks=pytest.mark.long)])
 def test_grid_sampling(mode: str, padding: str):
     grid = torch.rand(2, 2, 3, 4, 2) * 3 - 1.5
     compare(lambda x, g: F.grid_sample(x, g, mode, padding, align_corners=False), torch.randn(2, 2, 2, 4, 5), grid)

@@ -178,11 +178,34 @@ def test_evaluation_may_be_batched_where_training_is_not() -> None:
     mb = ModelBatch(build(lambda: Counts(4, 3))).eval()
     mb(INPUTS)
     assert mb.backend_report()["runs"] == "vmap"
+    assert mb.backend_report()["one_by_one"] == {}
     with one_warning("Counts"):
         mb.train()(INPUTS)
-    assert mb.backend_report()["runs"] == "one by one"
+    training = mb.backend_report()
+    assert training["runs"] == "one by one"
+    assert "Counts" in training["reason"]
     mb.eval()(INPUTS)
-    assert mb.backend_report()["runs"] == "vmap"
+    # Each mode tells its own, and both are told.
+    evaluation = mb.backend_report()
+    assert (evaluation["runs"], evaluation["reason"]) == ("vmap", None)
+    assert training["one_by_one"] == evaluation["one_by_one"] == {"train": training["reason"]}
+
+
+def test_a_layer_that_cannot_be_batched_for_a_reason_in_each_mode() -> None:
+    class Modes(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            size = self.weight.sum()
+            return super().forward(x) * (1 if (size.item() if self.training else size > 0) else 2)
+
+    mb = ModelBatch(build(lambda: Modes(4, 3)))
+    with one_warning("item"):
+        mb(INPUTS)
+    with one_warning("control flow"):
+        mb.eval()(INPUTS)
+    report = mb.backend_report()
+    assert [*report["one_by_one"]] == ["train", "eval"]
+    assert report["reason"] == report["one_by_one"]["eval"] != report["one_by_one"]["train"]
+    assert mb.train().backend_report()["reason"] == report["one_by_one"]["train"]
 
 
 def test_a_loss_that_cannot_be_batched_is_named() -> None:

@@ -41,6 +41,7 @@ def test_there_is_every_documented_example() -> None:
     assert all(f"def test_{Path(name).stem}" in Path(__file__).read_text(encoding="utf-8") for name in DOCUMENTED)
 
 
+@pytest.mark.long
 def test_basic_training(tmp_path: Path) -> None:
     printed = run_example("basic_training.py", tmp_path, "--output", "kept")
     accuracy = re.search(r"accuracy of the best on 1000 unseen points: ([\d.]+)%", printed)
@@ -67,6 +68,7 @@ def test_custom_trainer(tmp_path: Path) -> None:
     assert [*tmp_path.iterdir()] == []
 
 
+@pytest.mark.long
 def test_preemption_handling(tmp_path: Path) -> None:
     printed = run_example("preemption_handling.py", tmp_path)
     assert "saved after step 47, in epoch 2; the job was not requeued\nstarted again with the same command\n" in printed
@@ -77,6 +79,7 @@ def test_preemption_handling(tmp_path: Path) -> None:
     assert compared == [(what, "identical") for what in ("weights and buffers", "optimizer", "scheduler", "metrics")]
 
 
+@pytest.mark.long
 def test_preemption_handling_in_a_job_leaves_the_signal_to_slurm(tmp_path: Path) -> None:
     printed = run_example("preemption_handling.py", tmp_path, SLURM_JOB_ID="7")
     assert re.fullmatch(r"complete after step 100: loss \S+\n", printed)
@@ -111,6 +114,7 @@ def test_slurm_batch(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "slurm_batch" / "submission.log").stat().st_size > 0
 
 
+@pytest.mark.long
 def test_slurm_batch_without_the_package_that_submits(tmp_path: Path) -> None:
     """Even beside a real sbatch, where the launcher is not installed."""
     (tmp_path / "bin").mkdir()

@@ -231,7 +231,9 @@ def test_what_cannot_be_built_or_diverges_fails_alone(tmp_path: Path, caplog: py
 
 
 @pytest.mark.parametrize("how", ["exception", "SIGTERM", "SIGUSR1"])
-@pytest.mark.parametrize("batch", [0, 2 * BATCHES - 1, 2 * BATCHES + 2])
+@pytest.mark.parametrize(
+    "batch", [2 * BATCHES - 1, *(pytest.param(b, marks=pytest.mark.long) for b in (0, 2 * BATCHES + 2))]
+)
 def test_a_pack_that_is_stopped_ends_to_the_bit_as_one_that_is_not(
     how: str, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,6 +252,7 @@ def test_a_pack_that_is_stopped_ends_to_the_bit_as_one_that_is_not(
         assert_identical(end_of(out, name), end_of(tmp_path / "whole", name))
 
 
+@pytest.mark.long
 def test_a_killed_pack_ends_to_the_bit_as_one_that_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     configs = various(3, checkpoint__save_every_n_steps=3)
     run_packs(tmp_path / "whole", configs)
@@ -268,8 +271,10 @@ def test_a_killed_pack_ends_to_the_bit_as_one_that_is_not(tmp_path: Path, monkey
         assert_identical(end_of(tmp_path / "killed", name), end_of(tmp_path / "whole", name))
 
 
-@pytest.mark.parametrize("batch", [2 * BATCHES - 1, 2 * BATCHES + 2])
-@pytest.mark.parametrize("chosen", [[0, 1, 2, 3, 4, 5], [5, 1, 4]], ids=["all", "some"])
+@pytest.mark.parametrize("batch", [pytest.param(2 * BATCHES - 1, marks=pytest.mark.long), 2 * BATCHES + 2])
+@pytest.mark.parametrize(
+    "chosen", [pytest.param([0, 1, 2, 3, 4, 5], id="all", marks=pytest.mark.long), pytest.param([5, 1, 4], id="some")]
+)
 def test_experiments_of_a_stopped_pack_go_on_in_other_packs(
     batch: int, chosen: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -455,7 +460,7 @@ def test_a_pack_too_large_for_memory_trains_in_turns(tmp_path: Path, monkeypatch
     assert_same_ends(tmp_path / "divided", tmp_path / "whole", names_of(configs), atol=1e-9, rtol=0.0)
 
 
-@pytest.mark.parametrize("resumes", [True, False])
+@pytest.mark.parametrize("resumes", [pytest.param(True, marks=pytest.mark.long), False])
 def test_where_memory_runs_out_half_of_the_experiments_are_tried(
     resumes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -673,7 +678,7 @@ def test_a_folder_of_checkpoints_that_experiments_share_has_a_part_for_each(plac
 
 # When a signal comes: while an experiment is built (from 0), measured, trained behind the last boundary, or written.
 @pytest.mark.parametrize("when", ["build 0", "build 1", "measure", "end", "export"])
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_a_signal_while_nothing_trains(
     number: signal.Signals, when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

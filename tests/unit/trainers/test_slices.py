@@ -108,7 +108,15 @@ def _without_texts(early: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("step", "schedule"), [(3, "all"), (6, "each"), (8, "all"), (11, "none"), (12, "each")])
+@pytest.mark.parametrize(
+    ("step", "schedule"),
+    [
+        (6, "each"),
+        (8, "all"),
+        (11, "none"),
+        *(pytest.param(*own, marks=pytest.mark.long) for own in [(3, "all"), (12, "each")]),
+    ],
+)
 def test_a_selection_goes_on_as_in_the_run_of_all(step: int, schedule: str, backend: str, tmp_path: Path) -> None:
     whole = train(tmp_path / "whole", ALL, schedule=schedule, backend=backend)
     assert 3 in whole["early_stopping"]["stopped"]
@@ -155,7 +163,7 @@ def test_selections_of_selections_are_selections(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("step", "schedule"), [(6, "all"), (8, "each")])
+@pytest.mark.parametrize(("step", "schedule"), [pytest.param(6, "all", marks=pytest.mark.long), (8, "each")])
 def test_joined_slices_go_on_as_in_the_run_of_all(step: int, schedule: str, backend: str, tmp_path: Path) -> None:
     whole = train(tmp_path / "whole", ALL, schedule=schedule, backend=backend)
     content = at(tmp_path / "whole", step)
@@ -217,7 +225,7 @@ def test_sums_of_the_epoch_are_those_of_the_models(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("step", [6, 8])
+@pytest.mark.parametrize("step", [6, pytest.param(8, marks=pytest.mark.long)])
 def test_one_model_goes_on_alone(step: int, backend: str, tmp_path: Path) -> None:
     """With a plain module, optimizer and scheduler, as the trainer of single models has them."""
     whole = train(tmp_path / "whole", ALL, make=silent, schedule="each", backend=backend)

@@ -404,6 +404,7 @@ def test_unconnected_tasks_are_runs_of_their_own(
     assert "not connected" not in caplog.text
 
 
+@pytest.mark.long
 def test_ranks_decide_and_fail_together(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_deciding_rank, (str(tmp_path),), nprocs=2)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,23 @@ def _stopped_and_resumed(folder: Path, stop_at: int, kind: str, **options: Any) 
     return second
 
 
-@pytest.mark.parametrize("kind", ["single", "batch", pytest.param("xla", marks=pytest.mark.long)])
-def test_stopped_after_any_batch(kind: str, tmp_path: Path) -> None:
+# After the first batch, the last one of an epoch, in its validation, and in a later epoch.
+SOME_EVENTS = [0, 3, 4, 8]
+
+
+@pytest.mark.parametrize(
+    ("kind", "events"),
+    [
+        ("single", SOME_EVENTS),
+        ("batch", SOME_EVENTS),
+        *(pytest.param(kind, range(EVENTS), marks=pytest.mark.long) for kind in ("single", "batch", "xla")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "all" if len(value) == EVENTS else "some",
+)
+def test_stopped_after_any_batch(kind: str, events: Sequence[int], tmp_path: Path) -> None:
     whole = final_state(run(tmp_path / "whole", kind))
     assert whole["steps"] == 4 * EPOCHS
-    for event in range(EVENTS):
+    for event in events:
         resumed = _stopped_and_resumed(tmp_path / str(event), event, kind)
         assert_identical(final_state(resumed), whole, f"stopped at event {event}: ")
 
@@ -85,7 +98,7 @@ def test_stopped_after_any_batch_with_workers(loader: str, kind: str, tmp_path: 
         assert_identical(final_state(resumed), whole, f"stopped at event {event}: ")
 
 
-@pytest.mark.parametrize("kind", ["single", "batch"])
+@pytest.mark.parametrize("kind", ["single", pytest.param("batch", marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -137,9 +150,8 @@ def test_stopped_before_the_first_batch_of_an_epoch(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "step"),
     [
-        ("single", 6),
         ("batch", 4),
-        *(pytest.param(*case, marks=pytest.mark.long) for case in [("single", 1), ("batch", 7)]),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in [("single", 1), ("single", 6), ("batch", 7)]),
     ],
 )
 def test_killed_without_warning(kind: str, step: int, tmp_path: Path) -> None:
