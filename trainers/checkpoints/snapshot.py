@@ -191,6 +191,7 @@ def apply_run(trainer: GenericTrainer, loop: TrainingLoop, content: Mapping[str,
     loop.early_stopping.load_state_dict(content["early_stopping"])
     loop.training.set_active(loop.early_stopping.active())
     trainer.stopped_models = dict(loop.early_stopping.stopped)
+    trainer.diverged_models = set(loop.early_stopping.diverged)
     trainer.store.best = content["best"]
     trainer.logs = dict(content["metrics"])
     trainer.model_metrics = model_metrics_of(trainer.logs)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from mb_torch import ModelBatch
 from trainers.callbacks import TrainingCallback
@@ -92,7 +92,7 @@ class Population:
         loss_fn: Callable[..., Any],
         names: Sequence[str] | None = None,
         config: GenericTrainerConfig | None = None,
-        metrics: Mapping[str, Callable[[Any, Any], Tensor]] | None = None,
+        metrics: Mapping[str, Callable[[Any, Any], Any]] | None = None,
         per_model: PerModel | None = None,
         keep_best: str | None = None,
         mode: str = "min",

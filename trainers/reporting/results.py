@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from trainers.ranks import of_first_rank
-from trainers.reporting.metrics import MetricSums, divergence, epoch_logs, required
-from trainers.schedules import step_schedulers
+from trainers.reporting.metrics import MetricSums, epoch_logs, required
+from trainers.schedules import kept_groups, step_schedulers
 from trainers.states import TrainerPhase
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Results:
         """
         if self.trainer.global_step % self.trainer.config.log_every_n_steps == 0 and self._loop.loggers:
             values = MetricSums(self._loop.training.num_models)
-            values.add(logs, self._loop.early_stopping.active())
+            values.add(logs, self._loop.early_stopping.counted())
             self._log({f"step_{key}": value for key, value in values.means().items()})
 
     def _log(self, values: Mapping[str, Any]) -> None:
@@ -111,7 +111,7 @@ class Results:
             losses: Model to loss.
         """
         for model, loss in losses.items():
-            self._loop.early_stopping.stopped[model] = divergence(loss, self.trainer.global_step)
+            self._loop.early_stopping.stop_diverged(model, loss, self.trainer.global_step)
             _LOGGER.warning("model %d is frozen from now on: its loss is %s", model, loss)
         self._apply_stops()
 
@@ -146,5 +146,6 @@ class Results:
     def _apply_stops(self) -> None:
         self._loop.training.set_active(self._loop.early_stopping.active())
         self.trainer.stopped_models = dict(self._loop.early_stopping.stopped)
+        self.trainer.diverged_models = set(self._loop.early_stopping.diverged)
         if self._loop.early_stopping.all_stopped():
             self.trainer.stop_training = True
