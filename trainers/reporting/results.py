@@ -124,15 +124,23 @@ class Results:
         if logs is not None and len(values) != len(self._loop.schedulers):
             # One scheduler for all models watches their mean.
             values = [logs.get(metric)]
-        step_schedulers(
-            self._loop.schedulers,
-            None if logs is None else values,
-            resumed_before_first_step=trainer.global_step > 0 and not self._steps_in_this_process,
-        )
+        # Nothing of a stopped model changes any more. Without a scheduler of its own, its parameter group is kept.
+        stopped = list(self._loop.early_stopping.stopped) if self._stops_models_one_by_one() else []
+        has_own = len(self._loop.schedulers) == self._loop.training.num_models
+        with kept_groups(trainer.optimizer, [] if has_own else stopped):
+            step_schedulers(
+                self._loop.schedulers,
+                None if logs is None else values,
+                resumed_before_first_step=trainer.global_step > 0 and not self._steps_in_this_process,
+                left_out=stopped if has_own else [],
+            )
+
+    def _stops_models_one_by_one(self) -> bool:
+        return len(self._loop.training.patiences) == self._loop.training.num_models
 
     def _stop_early(self, logs: Mapping[str, Any]) -> None:
         key = self.trainer.config.early_stopping_metric
-        if len(self._loop.training.patiences) == self._loop.training.num_models:
+        if self._stops_models_one_by_one():
             values = required(self.trainer.model_metrics, key, "early_stopping_metric")
         else:
             values = [required(logs, key, "early_stopping_metric")]
