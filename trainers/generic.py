@@ -383,7 +383,8 @@ class GenericTrainer(TrainerHooks):
 
     def _make_store(self) -> CheckpointStore:
         settings = self.config.checkpoint
-        folder = Path(os.path.expanduser(settings.checkpoint_dir))
+        # Absolute: what a program does in a run may change its working directory.
+        folder = Path(os.path.abspath(os.path.expanduser(settings.checkpoint_dir)))
         name = self.config.experiment_name
         if name is not None and (name in ("", ".", "..") or Path(name).name != name):
             raise ConfigurationError(f"experiment_name: received {name!r}; expected the name of a folder")

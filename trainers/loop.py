@@ -120,6 +120,8 @@ class TrainingLoop:
             for epoch in range(first, config.max_epochs):
                 # The rest of a resumed epoch may be a validation.
                 if resume is None and self._is_over():
+                    # Ended by a hook before anything was trained: the first epoch is still to come.
+                    self._is_cut_short = start is None and epoch == first
                     break
                 trainer.current_epoch = epoch
                 self._epoch(epoch, resume)
@@ -231,6 +233,13 @@ class TrainingLoop:
                     batch = next(batches)
                 except StopIteration:
                     break
+                if self._is_over() and not training.micro_step and self._batch_idx == _length(self.train_loader):
+                    _LOGGER.warning(
+                        "train_loader has more batches than the %d that its length says: the run ends in the middle "
+                        "of an epoch, and one that goes on from there may miss a batch",
+                        self._batch_idx,
+                    )
+                    raise _CutShort
                 trainer.call_hooks("on_batch_start", self._batch_idx)
                 result = training.train_batch(batch, self._batch_idx)
                 if result.has_stepped:
