@@ -75,6 +75,7 @@ def collect(trainer: GenericTrainer, loop: TrainingLoop, state: ResumeState) -> 
         "metrics": to_plain(trainer.logs, "logs"),
         "early_stopping": loop.early_stopping.state_dict(),
         "preemption_count": trainer.preemption_count,
+        "stop_training": bool(trainer.stop_training),
         "callbacks": [_callback_state(callback) for callback in trainer.callbacks],
         "trackers": {logger.name: to_plain(logger.state_dict(), logger.name) for logger in loop.loggers},
         "config": to_plain(trainer.config.to_dict(), "config"),
