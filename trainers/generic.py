@@ -57,8 +57,8 @@ class GenericTrainer(TrainerHooks):
     go by, and each model's own value as ``<key>_model_<i>``. Models that stopped early count on in that mean, as they
     are; those that diverged do not.
 
-    An epoch's logs are unweighted means over its batches: a smaller last batch counts as much as any other. A validation
-    metric without ``val_`` is there under both names.
+    An epoch's logs are unweighted means over its batches: a smaller last batch counts as much as any other. A metric
+    of the validation without ``val_`` is there under both names.
 
     A run that is stopped anywhere and started again ends bit-identical, on a CPU, to one that was never stopped.
 
