@@ -35,8 +35,8 @@ class Built:
         val: Validation batches likewise; None for no validation.
         loss_args: Numbers (or tensors) for the loss, which may differ between the experiments of a batch. Default:
             what the configuration has below ``custom_params.loss_args``.
-        metrics: What validation reports besides the loss, by name: ``metric(outputs, targets)``, a tensor of one
-            element.
+        metrics: What validation reports besides the loss, by name: ``metric(outputs, targets)``, a number or a
+            tensor of one element.
 
     Example:
         >>> from torch.nn import functional as F
@@ -50,7 +50,7 @@ class Built:
     train: Any
     val: Any = None
     loss_args: Mapping[str, Any] | None = None
-    metrics: Mapping[str, Callable[[Any, Any], Tensor]] = field(default_factory=dict)
+    metrics: Mapping[str, Callable[[Any, Any], Any]] = field(default_factory=dict)
 
 
 def load_build(path: str) -> Build:

@@ -37,6 +37,7 @@ from trainers.preemption.boundaries import Preempted
 from trainers.preemption.signals import SignalFlags
 from trainers.ranks import is_first_rank, on_first_rank, tell_failure, wait_for_all_ranks, warn_of_unconnected_tasks
 from trainers.reporting.loggers import make_loggers, messages_as_configured
+from trainers.reporting.metrics import MetricFunction
 from trainers.reproducibility import algorithms, seed_everything
 from trainers.schedules import as_list
 from trainers.searches.executors import INTERRUPTED_EXIT_CODE
@@ -52,8 +53,12 @@ class GenericTrainer(TrainerHooks):
 
     Override `training_step` (and `validation_step`), or give ``loss_fn``. A `ModelBatch` with ``loss_fn`` trains
     through its fused step, every model as if alone: clipping, early stopping and ``on_nan_loss="freeze"`` act on each
-    model. Its logs have the mean over the models that still train under the plain key, and each model's own value as
-    ``<key>_model_<i>``.
+    model. Its logs have the mean over the models under the plain key, which ``monitor`` and a scheduler of all models
+    go by, and each model's own value as ``<key>_model_<i>``. Models that stopped early count on in that mean, as they
+    are; those that diverged do not.
+
+    An epoch's logs are unweighted means over its batches: a smaller last batch counts as much as any other. A metric
+    of the validation without ``val_`` is there under both names.
 
     A run that is stopped anywhere and started again ends bit-identical, on a CPU, to one that was never stopped.
 
@@ -65,7 +70,7 @@ class GenericTrainer(TrainerHooks):
         loss_fn: ``loss_fn(outputs, targets)`` of one model; batches are then ``(inputs, targets)``. Default: the step
             functions are overridden.
         metrics: With ``loss_fn``, what validation reports besides the loss: ``metric(outputs, targets)`` of one model,
-            a tensor of one element, by name.
+            a number or a tensor of one element, by name.
         per_model: With ``loss_fn``, what differs between the models of a `ModelBatch`.
 
     Attributes:
@@ -86,6 +91,7 @@ class GenericTrainer(TrainerHooks):
         logs: Of the last finished epoch.
         model_metrics: Of the last finished epoch, one value per model of a `ModelBatch`.
         stopped_models: Models that were stopped before the end, with the reason; a single module is model 0.
+        diverged_models: Those of them whose loss was not finite.
 
     Raises:
         ConfigurationError: The config is no `GenericTrainerConfig`; ``metrics`` or ``per_model`` without ``loss_fn``.
@@ -107,7 +113,7 @@ class GenericTrainer(TrainerHooks):
         config: GenericTrainerConfig | None = None,
         *,
         loss_fn: Callable[..., Any] | None = None,
-        metrics: Mapping[str, Callable[[Any, Any], Tensor]] | None = None,
+        metrics: Mapping[str, Callable[[Any, Any], Any]] | None = None,
         per_model: PerModel | None = None,
     ) -> None:
         if config is not None and not isinstance(config, GenericTrainerConfig):
@@ -143,11 +149,12 @@ class GenericTrainer(TrainerHooks):
         self.logs: dict[str, Any] = {}
         self.model_metrics: dict[str, Any] = {}
         self.stopped_models: dict[int, str] = {}
+        self.diverged_models: set[int] = set()
         self.signal_flags = SignalFlags(self.config.signal_numbers())
         self.store = self._make_store()
         self._saves = Saves(self.store)
         self._loss_fn = loss_fn
-        self._metrics = dict(metrics or {})
+        self._metrics = {name: MetricFunction(name, metric) for name, metric in (metrics or {}).items()}
         self._per_model = per_model
         self._loop: TrainingLoop | None = None
         self._to_load: dict[str, Any] | None = None
@@ -376,7 +383,8 @@ class GenericTrainer(TrainerHooks):
 
     def _make_store(self) -> CheckpointStore:
         settings = self.config.checkpoint
-        folder = Path(os.path.expanduser(settings.checkpoint_dir))
+        # Absolute: what a program does in a run may change its working directory.
+        folder = Path(os.path.abspath(os.path.expanduser(settings.checkpoint_dir)))
         name = self.config.experiment_name
         if name is not None and (name in ("", ".", "..") or Path(name).name != name):
             raise ConfigurationError(f"experiment_name: received {name!r}; expected the name of a folder")
@@ -496,7 +504,8 @@ class GenericTrainer(TrainerHooks):
             )
         state, loader_state = None, None
         self._set_position(ResumeState(TrainerPhase.INIT, 0, 0))
-        self.logs, self.model_metrics, self.stopped_models, self.preemption_count = {}, {}, {}, 0
+        self.logs, self.model_metrics, self.preemption_count = {}, {}, 0
+        self.stopped_models, self.diverged_models = {}, set()
         trackers: dict[str, Any] = {}
         if content is None and self.config.seed is not None:
             seed_everything(self.config.seed)

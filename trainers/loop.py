@@ -19,8 +19,9 @@ from trainers.errors import TrainerError
 from trainers.loaders.resumable import ResumableLoader
 from trainers.preemption.boundaries import Boundaries
 from trainers.ranks import gathered_from_ranks
+from trainers.reporting.early_stopping import EarlyStopping
 from trainers.reporting.loggers import MetricLogger
-from trainers.reporting.metrics import EarlyStopping, MetricSums
+from trainers.reporting.metrics import MetricSums, description
 from trainers.reporting.progress import Progress
 from trainers.reporting.results import Results
 from trainers.states import (
@@ -119,6 +120,8 @@ class TrainingLoop:
             for epoch in range(first, config.max_epochs):
                 # The rest of a resumed epoch may be a validation.
                 if resume is None and self._is_over():
+                    # Ended by a hook before anything was trained: the first epoch is still to come.
+                    self._is_cut_short = start is None and epoch == first
                     break
                 trainer.current_epoch = epoch
                 self._epoch(epoch, resume)
@@ -230,12 +233,19 @@ class TrainingLoop:
                     batch = next(batches)
                 except StopIteration:
                     break
+                if self._is_over() and not training.micro_step and self._batch_idx == _length(self.train_loader):
+                    _LOGGER.warning(
+                        "train_loader has more batches than the %d that its length says: the run ends in the middle "
+                        "of an epoch, and one that goes on from there may miss a batch",
+                        self._batch_idx,
+                    )
+                    raise _CutShort
                 trainer.call_hooks("on_batch_start", self._batch_idx)
                 result = training.train_batch(batch, self._batch_idx)
                 if result.has_stepped:
                     self._count_step()
                 if not result.is_skipped:
-                    self._sums.add(result.logs, self.early_stopping.active())
+                    self._sums.add(result.logs, self.early_stopping.counted())
                 self._sums.num_samples += _num_samples(batch)
                 self._batch_idx += 1
                 if self._batch_idx == 1 and not result.is_skipped:
@@ -297,7 +307,7 @@ class TrainingLoop:
                     logs = trainer.validation_step(batch, self._val_batch_idx)
                 if not isinstance(logs, Mapping):
                     raise TrainerError("validation_step", received=f"a {type(logs).__name__}", expected="a dict")
-                self._val_sums.add(logs, self.early_stopping.active())
+                self._val_sums.add(logs, self.early_stopping.counted())
                 self._val_sums.num_samples += _num_samples(batch)
                 self._val_batch_idx += 1
                 if self._val_batch_idx == 1:
@@ -315,12 +325,15 @@ class TrainingLoop:
         for key, value in logs.items():
             if key not in kept and key not in self._left_out and not isinstance(value, str | None):
                 self._left_out.add(key)
-                received = f"tensor {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+                expected = "a number or a tensor of one element" + (
+                    "" if self.training.num_models is None else " or of one per model"
+                )
                 _LOGGER.warning(
-                    "%s: %r is left out of the metrics: received a %s; expected a number or a tensor of one element",
+                    "%s: %r is left out of the metrics: received %s; expected %s",
                     step,
                     key,
-                    received,
+                    description(value),
+                    expected,
                 )
 
     def _finish_epoch(self, epoch: int) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -43,7 +45,11 @@ def as_list(scheduler: Any, interval: str) -> list[Any]:
 
 
 def step_schedulers(
-    schedulers: Sequence[Any], values: Sequence[Any] | None, *, resumed_before_first_step: bool
+    schedulers: Sequence[Any],
+    values: Sequence[Any] | None,
+    *,
+    resumed_before_first_step: bool,
+    left_out: Collection[int] = (),
 ) -> None:
     """Step every scheduler once.
 
@@ -53,12 +59,32 @@ def step_schedulers(
             which case they wait.
         resumed_before_first_step: Whether the optimizer's last step was made by the process before. torch would warn
             that schedulers are stepped before the optimizer.
+        left_out: Schedulers that are not stepped: those of models that were stopped.
     """
     with warnings.catch_warnings():
         if resumed_before_first_step:
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
         for index, scheduler in enumerate(schedulers):
+            if index in left_out:
+                continue
             if not isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step()
             elif values is not None:
                 scheduler.step(values[index] if len(values) == len(schedulers) else values[0])
+
+
+@contextmanager
+def kept_groups(optimizer: Any, models: Collection[int]) -> Iterator[None]:
+    """Keep what the parameter groups of some models say, whatever a scheduler of all groups does.
+
+    Args:
+        optimizer: With one parameter group per model.
+        models: Those that were stopped.
+    """
+    before = [
+        {name: copy.deepcopy(value) for name, value in optimizer.param_groups[model].items() if name != "params"}
+        for model in models
+    ]
+    yield
+    for model, values in zip(models, before, strict=True):
+        optimizer.param_groups[model].update(values)

@@ -94,7 +94,8 @@ class GenericTrainerConfig:
         early_stopping_mode: ``"min"`` or ``"max"``.
         scheduler_interval: ``"epoch"`` or ``"step"``.
         on_nan_loss: What a loss that is NaN or infinite does: ``"stop"`` raises a TrainerError; ``"skip"`` leaves the
-            batch out (single models); ``"freeze"`` freezes the model from then on (models of a `ModelBatch`).
+            batch out, and the model with its buffers as it was, for a copy of the buffers before every batch (single
+            models); ``"freeze"`` freezes the model from then on (models of a `ModelBatch`).
         seed: Of Python's, NumPy's and torch's generators when a run begins; None leaves them as they are.
         deterministic: Whether only algorithms that give the same result every time are used; torch warns of
             operations that have none.

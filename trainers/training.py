@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from mb_torch import GradScaler, ModelBatch, keep_freed_memory
 from trainers.config.errors import ConfigurationError
 from trainers.errors import TrainerError
+from trainers.kept_buffers import KeptBuffers
 from trainers.per_model import PerModel
 from trainers.settings import GenericTrainerConfig
 from trainers.states import TrainerPhase
@@ -120,6 +121,7 @@ class AutogradTraining(_Base):
             )
         self._training_step = training_step
         self._set_phase = set_phase
+        self._kept_buffers = KeptBuffers(model) if self._nan_policy == "skip" else None
         # As a `ModelBatch` does: gradients and activations are as large in the next step.
         keep_freed_memory()
         optimizer.zero_grad(set_to_none=True)
@@ -127,6 +129,8 @@ class AutogradTraining(_Base):
     def train_batch(self, batch: Any, batch_idx: int) -> BatchResult:
         """See `Training`."""
         self._set_phase(TrainerPhase.TRAIN_BATCH_FORWARD)
+        if self._kept_buffers is not None:
+            self._kept_buffers.keep()
         with self.precision():
             logs = self._training_step(batch, batch_idx)
         loss = self._loss_of(logs)
@@ -189,8 +193,10 @@ class AutogradTraining(_Base):
             return False
         values, broken = loss.detach().tolist(), _broken_weights(self.model)
         if self._nan_policy == "stop" or broken:
-            other = "on_nan_loss='skip' leaves such batches out"
+            other = None if broken else "on_nan_loss='skip' leaves such batches out"
             raise _not_finite(f"batch {batch_idx}: the loss", values, broken, other)
+        assert self._kept_buffers is not None
+        self._kept_buffers.put_back()
         _LOGGER.warning("batch %d is skipped: its loss is %s", batch_idx, values)
         return True
 
@@ -258,7 +264,7 @@ class FusedTraining(_Base):
         if values:
             if self._nan_policy == "stop":
                 other = "on_nan_loss='freeze' stops these models only"
-                raise _not_finite(f"batch {batch_idx}: the loss of models", values, [], other)
+                raise _not_finite(f"batch {batch_idx}: the loss of models", values, self._broken_of(values), other)
             self._freeze(values)
         self.micro_step = (self.micro_step + 1) % self._accumulate
         return BatchResult({"loss": losses}, self.micro_step == 0)
@@ -276,6 +282,12 @@ class FusedTraining(_Base):
         """See `Training`."""
         self._fused.active = active
         self._trains = torch.ones_like(self._trains) if active is None else active
+
+    def _broken_of(self, models: Mapping[int, float]) -> list[str]:
+        """Names of these models' parameters that are not finite any more: the step has updated them already."""
+        assert isinstance(self.model, ModelBatch)
+        rows, stacks = torch.tensor(list(models), device=self._device), self.model.stacked_params
+        return [name for name, stack in stacks.items() if not stack.detach()[rows].isfinite().all()]
 
     def _diverged(self, losses: Tensor) -> dict[int, float]:
         """Models that train and whose losses are not finite."""
@@ -387,13 +399,14 @@ def _broken_weights(model: nn.Module) -> list[str]:
     return [name for name, value in model.named_parameters() if value.requires_grad and not value.isfinite().all()]
 
 
-def _not_finite(what: str, values: Any, broken: list[str], other_policy: str) -> TrainerError:
-    fix = f"Lower the learning rate or look at the data; {other_policy}."
+def _not_finite(what: str, values: Any, broken: list[str], other_policy: str | None) -> TrainerError:
+    fix = "Lower the learning rate or look at the data"
     if broken:
         names = ", ".join(broken[:3]) + (", ..." if broken[3:] else "")
         fix = (
             f"The weights are not finite either ({names}), so no later loss can be: go on from an earlier checkpoint "
             "with load_checkpoint(FILE), and lower the learning rate or look for what has no finite gradient, such as "
-            "the root of 0."
+            "the root of 0"
         )
+    fix += "." if other_policy is None else f"; {other_policy}."
     return TrainerError(what, received=values, expected="finite numbers", fix=fix)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from trainers.errors import TrainerError
+from trainers.reporting.early_stopping import diverged_models
 
 
 def are_same(one: Any, other: Any) -> bool:
@@ -58,16 +59,17 @@ def select_early(early: Mapping[str, Any], chosen: Sequence[int], count: int) ->
         count: How many models there are. Where only the run as a whole is stopped, that stays.
 
     Example:
-        >>> select_early({"best": [0.1, 0.2], "waited": [0, 1], "stopped": {1: "why"}}, [1], 2)
-        {'best': [0.2], 'waited': [1], 'stopped': {0: 'why'}}
+        >>> select_early({"best": [0.1, 0.2], "waited": [0, 1], "stopped": {1: "why"}, "diverged": []}, [1], 2)
+        {'best': [0.2], 'waited': [1], 'stopped': {0: 'why'}, 'diverged': []}
     """
     if len(early["best"]) != count:
         return dict(early)
-    stopped = early["stopped"]
+    stopped, diverged = early["stopped"], diverged_models(early)
     return {
         "best": [early["best"][model] for model in chosen],
         "waited": [early["waited"][model] for model in chosen],
         "stopped": {place: stopped[model] for place, model in enumerate(chosen) if model in stopped},
+        "diverged": [place for place, model in enumerate(chosen) if model in diverged],
     }
 
 
@@ -82,39 +84,42 @@ def join_early(parts: Sequence[Mapping[str, Any]], counts: Sequence[int]) -> dic
         TrainerError: Runs are stopped as a whole, and stand differently.
 
     Example:
-        >>> stopped = {"best": [0.2], "waited": [1], "stopped": {0: "why"}}
-        >>> join_early([{"best": [0.1], "waited": [0], "stopped": {}}, stopped], [1, 1])
-        {'best': [0.1, 0.2], 'waited': [0, 1], 'stopped': {1: 'why'}}
+        >>> stopped = {"best": [0.2], "waited": [1], "stopped": {0: "why"}, "diverged": [0]}
+        >>> join_early([{"best": [0.1], "waited": [0], "stopped": {}, "diverged": []}, stopped], [1, 1])
+        {'best': [0.1, 0.2], 'waited': [0, 1], 'stopped': {1: 'why'}, 'diverged': [1]}
     """
     if any(len(early["best"]) != count for early, count in zip(parts, counts, strict=True)):
         if not all(are_same(early, parts[0]) for early in parts):
             raise differ("early stopping of the runs as a whole", list(parts), "the same in all")
         return dict(parts[0])
     stopped: dict[int, str] = {}
+    diverged: list[int] = []
     first = 0
     for early, count in zip(parts, counts, strict=True):
         stopped.update({first + model: reason for model, reason in early["stopped"].items()})
+        diverged.extend(first + model for model in diverged_models(early))
         first += count
     return {
         "best": [value for early in parts for value in early["best"]],
         "waited": [value for early in parts for value in early["waited"]],
         "stopped": stopped,
+        "diverged": diverged,
     }
 
 
 def counted_models(early: Mapping[str, Any], count: int) -> list[int]:
-    """Return the models that a mean over the models is taken over: those that still train, or all if none does.
+    """Return the models that a mean over the models is taken over: all but the diverged ones, or all if all are.
 
     Args:
         early: Early stopping of the models.
         count: How many there are.
 
     Example:
-        >>> counted_models({"best": [0.1, 0.2], "waited": [0, 1], "stopped": {1: "why"}}, 2)
+        >>> counted_models({"best": [0.1, 0.2], "waited": [0, 1], "stopped": {1: "why"}, "diverged": [1]}, 2)
         [0]
     """
-    stopped = early["stopped"] if len(early["best"]) == count else {}
-    return [model for model in range(count) if model not in stopped] or list(range(count))
+    diverged = diverged_models(early) if len(early["best"]) == count else []
+    return [model for model in range(count) if model not in diverged] or list(range(count))
 
 
 def select_metrics(

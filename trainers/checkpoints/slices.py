@@ -69,8 +69,8 @@ def select_models(content: Mapping[str, Any], indices: Sequence[int]) -> Content
     """Return the checkpoint of a batch of some of the models, in the given order.
 
     A run that goes on from it, with a batch, optimizer and schedulers of these models, trains them as the run of all
-    would have. Means over the models are computed anew, over those that still train. The best checkpoint so far is
-    forgotten: it was the best of other models.
+    would have. Means over the models are computed anew, over those that did not diverge. The best checkpoint so far
+    is forgotten: it was the best of other models.
 
     Args:
         content: Of a `ModelBatch` whose optimizer was made by `OptimizerFactory`.
@@ -109,7 +109,7 @@ def join(contents: Sequence[Mapping[str, Any]]) -> Content:
     """Return the checkpoint of one batch of the models of several, in order.
 
     Callbacks, trackers and settings are those of the first. Means over the models are computed anew, over those that
-    still train; a metric that is not per model is averaged, by the number of models.
+    did not diverge; a metric that is not per model is averaged, by the number of models.
 
     Args:
         contents: Of batches that stand at the same place and would go on with the same data.

@@ -75,6 +75,7 @@ def collect(trainer: GenericTrainer, loop: TrainingLoop, state: ResumeState) -> 
         "metrics": to_plain(trainer.logs, "logs"),
         "early_stopping": loop.early_stopping.state_dict(),
         "preemption_count": trainer.preemption_count,
+        "stop_training": bool(trainer.stop_training),
         "callbacks": [_callback_state(callback) for callback in trainer.callbacks],
         "trackers": {logger.name: to_plain(logger.state_dict(), logger.name) for logger in loop.loggers},
         "config": to_plain(trainer.config.to_dict(), "config"),
@@ -191,6 +192,7 @@ def apply_run(trainer: GenericTrainer, loop: TrainingLoop, content: Mapping[str,
     loop.early_stopping.load_state_dict(content["early_stopping"])
     loop.training.set_active(loop.early_stopping.active())
     trainer.stopped_models = dict(loop.early_stopping.stopped)
+    trainer.diverged_models = set(loop.early_stopping.diverged)
     trainer.store.best = content["best"]
     trainer.logs = dict(content["metrics"])
     trainer.model_metrics = model_metrics_of(trainer.logs)

@@ -44,7 +44,6 @@ from trainers.per_model import PerModel
 from trainers.population import Population
 from trainers.preemption.requeueing import RequeueDecision
 from trainers.preemption.signals import SignalFlags
-from trainers.reporting.metrics import is_divergence
 from trainers.searches.executors import CONFIG_FILE
 from trainers.searches.packing import OUTCOME_FILE, PACK_FILE, pack_name
 from trainers.settings import GenericTrainerConfig
@@ -286,14 +285,13 @@ class _PackRun:
         end = population.trainer.store.newest()
         completed = []
         for place, name in enumerate(names):
-            reason = population.trainer.stopped_models.get(place)
             try:
                 files.export(name, end)
             except Exception as error:  # a full disk, a name that cannot be a file's
                 self._outcomes.fail([name], "its checkpoint was not written", error)
             else:
-                if reason is not None and is_divergence(reason):
-                    self._outcomes.set([name], FAILED, f"it was stopped: {reason}")
+                if place in population.trainer.diverged_models:
+                    self._outcomes.set([name], FAILED, f"it was stopped: {population.trainer.stopped_models[place]}")
                 else:
                     completed.append(name)
         self._outcomes.set(completed, COMPLETED)

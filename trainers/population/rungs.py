@@ -6,6 +6,7 @@ import contextlib
 import copy
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from trainers.ranks import on_first_rank
 from trainers.settings import GenericTrainerConfig
 
 _LOGGER = logging.getLogger(__name__)
+_LOGGED_TO = ("csv_log_dir", "tensorboard_dir", "log_file")
 # What the models of a rung need to go on as if nothing had happened.
 _PASSED_ON = ("save_last", "save_optimizer", "save_scheduler", "save_rng")
 
@@ -36,7 +38,12 @@ class Rungs:
     """
 
     def __init__(self, config: GenericTrainerConfig) -> None:
-        self._config = config
+        # Absolute: what a program does in a rung may change the working directory of the next.
+        self._config = copy.deepcopy(config)
+        places = (self._config.checkpoint, "checkpoint_dir"), *((self._config.logging, name) for name in _LOGGED_TO)
+        for group, name in places:
+            if getattr(group, name) is not None:
+                setattr(group, name, os.path.abspath(os.path.expanduser(getattr(group, name))))
 
     def config(self, number: int, max_epochs: int) -> GenericTrainerConfig:
         """Return the trainer's config for a rung.

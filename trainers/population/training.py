@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from mb_torch import ModelBatch
 from trainers.callbacks import TrainingCallback
@@ -28,11 +29,14 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class _Trainer(GenericTrainer):
-    """Heeds the signals, too, that came when the trainer of the rung before had looked for the last time."""
+    """Says when it begins; heeds the signals, too, that came when the trainer before had looked for the last time."""
 
     late: SignalFlags | None = None
+    begins: Callable[[], None] | None = None
 
     def on_training_start(self) -> None:
+        if self.begins is not None:
+            self.begins()
         if self.late is not None:
             self.signal_flags.received.extend(self.late.received)
             self.late.clear()
@@ -92,7 +96,7 @@ class Population:
         loss_fn: Callable[..., Any],
         names: Sequence[str] | None = None,
         config: GenericTrainerConfig | None = None,
-        metrics: Mapping[str, Callable[[Any, Any], Tensor]] | None = None,
+        metrics: Mapping[str, Callable[[Any, Any], Any]] | None = None,
         per_model: PerModel | None = None,
         keep_best: str | None = None,
         mode: str = "min",
@@ -114,6 +118,7 @@ class Population:
         self._keep_best = keep_best
         self._per_model = per_model or PerModel()
         self._config = config or GenericTrainerConfig()
+        self._has_begun = False
         self._callbacks: list[TrainingCallback] = [self.history]
         if self.best_models is not None:
             self._callbacks.append(self.best_models)
@@ -136,7 +141,8 @@ class Population:
     def fit(self, train_loader: Any, val_loader: Any = None, *, halving: Halving | None = None) -> None:
         """Train all models, or go on from the newest checkpoint, to the end.
 
-        Returns also when a signal asked for it (``trainer.preempted``); the run was saved then.
+        Returns also when a signal asked for it (``trainer.preempted``); the run was saved then. A call that is refused
+        leaves the results of an earlier one as they are.
 
         Args:
             train_loader: As for `GenericTrainer.fit`.
@@ -149,6 +155,20 @@ class Population:
             ConfigurationError: The settings do not go together with halving.
         """
         self._check_metrics(halving, has_validation=val_loader is not None)
+        trainer, history = self.trainer, copy.copy(self.history)
+        bests = None if self.best_models is None else self.best_models.bests
+        self._has_begun = False
+        try:
+            self._fit_all(train_loader, val_loader, halving)
+        except BaseException:
+            if not self._has_begun:
+                self.trainer = trainer
+                vars(self.history).update(vars(history))
+                if self.best_models is not None and bests is not None:
+                    self.best_models.bests = bests
+            raise
+
+    def _fit_all(self, train_loader: Any, val_loader: Any, halving: Halving | None) -> None:
         rungs = Rungs(self._config)
         if halving is None:
             rungs.refuse_any()
@@ -233,6 +253,9 @@ class Population:
             return self._batch.model(self.names.index(name))
         return self.trainer.model.model(self.history.models.index(name))
 
+    def _note_begin(self) -> None:
+        self._has_begun = True
+
     def _begin(self, halving: Halving | None) -> None:
         """Forget an earlier call of `fit`."""
         self.history.begin(halving)
@@ -258,7 +281,7 @@ class Population:
                 if end == self._config.max_epochs or self._is_over(content, end):
                     return
                 rung += 1
-                with messages_as_configured(self._config.logging):
+                with messages_as_configured(self.trainer.config.logging):
                     content = rungs.begin(rung, halved(content, self.names, halving))
                 self.history.load_state_dict(history_of(content))
         finally:
@@ -275,6 +298,8 @@ class Population:
         steps = self._config.max_steps
         return (
             self.trainer.stop_training
+            # Of an earlier process, which a callback stopped at the end of the rung. Earlier versions do not say it.
+            or content.get("stop_training", False)
             or content["epoch"] + 1 < end
             or content["resume_state"]["train"] is not None
             or (steps is not None and content["global_step"] >= steps)
@@ -312,7 +337,7 @@ class Population:
         trainer = _Trainer(
             config, loss_fn=self._loss_fn, metrics=self._metrics, per_model=self._per_model.of_models(self.models)
         )
-        trainer.late = late
+        trainer.late, trainer.begins = late, self._note_begin
         for callback in self._callbacks:
             trainer.add_callback(callback)
         return trainer

@@ -289,7 +289,8 @@ def _move_aside(path: Path) -> None:
 
 
 def _folder(path: str, below: str) -> Path:
-    return Path(os.path.expanduser(path), below)
+    # Absolute: what a program does in a run may change its working directory.
+    return Path(os.path.abspath(os.path.expanduser(path)), below)
 
 
 def _import(module: str, package: str) -> Any:

@@ -1,12 +1,12 @@
-"""Means over the batches of an epoch, of all models together and of each, and what early stopping makes of them."""
+"""Metrics: what counts as one, and means over the batches of an epoch, of all models together and of each."""
 
 from __future__ import annotations
 
-import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from trainers.errors import TrainerError
 
 
 class MetricSums:
-    """Unweighted batch means of what step functions return.
+    """Unweighted batch means of what step functions return: a smaller last batch counts as much as any other.
 
     Args:
         num_models: Of the `ModelBatch` that is trained; None for a single model. Values ``[num_models]`` are averaged
@@ -36,25 +36,24 @@ class MetricSums:
         self._model_counts: dict[str, int] = {}
         self.num_samples = 0
 
-    def add(self, values: Mapping[str, Any], active: Tensor | None = None) -> None:
+    def add(self, values: Mapping[str, Any], counted: Tensor | None = None) -> None:
         """Add what a step returned for one batch.
 
         Args:
             values: By name; neither numbers nor tensors of one element (or one per model) are left out.
-            active: Models ``[num_models]`` that count in the mean over the models. Default: all.
+            counted: Models ``[num_models]`` that count in the mean over the models. Default: all.
         """
         for key, value in values.items():
             if self._is_per_model(value):
                 own = value.detach().double().cpu()
                 self._model_sums[key] = self._model_sums[key] + own if key in self._model_sums else own
                 self._model_counts[key] = self._model_counts.get(key, 0) + 1
-                counted = own if active is None or not active.any() else own[active]
-                self._add_number(key, float(counted.mean()))
-            elif isinstance(value, Tensor):
-                if value.numel() == 1:
-                    self._add_number(key, float(value.detach()))
-            elif isinstance(value, numbers.Real):
-                self._add_number(key, float(value))
+                in_mean = own if counted is None or not counted.any() else own[counted]
+                self._add_number(key, float(in_mean.mean()))
+            else:
+                number = as_number(value)
+                if number is not None:
+                    self._add_number(key, number)
 
     def means(self) -> dict[str, float]:
         """Return the means over batches (and models)."""
@@ -94,6 +93,72 @@ class MetricSums:
     def _add_number(self, key: str, value: float) -> None:
         self._sums[key] = self._sums.get(key, 0.0) + value
         self._counts[key] = self._counts.get(key, 0) + 1
+
+
+def as_number(value: Any) -> float | None:
+    """Return a value as a number, if it is one.
+
+    Args:
+        value: A number of Python or NumPy, or a tensor or array of one element; anything else gives None.
+
+    Example:
+        >>> as_number(torch.tensor([2])), as_number(np.float32(0.5)), as_number("0.5")
+        (2.0, 0.5, None)
+    """
+    if isinstance(value, Tensor):
+        return float(value.detach()) if value.numel() == 1 else None
+    if isinstance(value, np.ndarray):
+        # Of numbers: texts and objects could be turned into a number too.
+        return float(value.item()) if value.size == 1 and value.dtype.kind in "biuf" else None
+    return float(value) if isinstance(value, (numbers.Real, np.bool_)) else None
+
+
+def description(value: Any) -> str:
+    """Return what a value is, for messages.
+
+    Args:
+        value: Of any kind.
+
+    Example:
+        >>> description(torch.ones(2, 3)), description(None)
+        ('a tensor [2, 3]', 'a NoneType')
+    """
+    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+class MetricFunction:
+    """A metric as a `ModelBatch` needs it: it returns a tensor without dimensions.
+
+    Args:
+        name: Of the metric, for errors.
+        function: ``function(outputs, targets)`` of one model.
+
+    Raises:
+        TrainerError: When called, if the function returns neither a number nor a tensor of one element.
+
+    Example:
+        >>> MetricFunction("rows", lambda outputs, targets: len(outputs))(torch.ones(3, 1), None)
+        tensor(3., dtype=torch.float64)
+    """
+
+    def __init__(self, name: str, function: Callable[[Any, Any], Any]) -> None:
+        self._name = name
+        self._function = function
+
+    def __call__(self, outputs: Any, targets: Any) -> Tensor:
+        """Return the metric of one model."""
+        value = self._function(outputs, targets)
+        if isinstance(value, Tensor) and value.numel() == 1:
+            return value.reshape(())
+        number = as_number(value)
+        if number is None:
+            raise TrainerError(
+                f"metrics[{self._name!r}]",
+                received=description(value),
+                expected="a number or a tensor of one element",
+                fix="Reduce over the rows, for example with .mean().",
+            )
+        return torch.tensor(number, dtype=torch.float64)
 
 
 def epoch_logs(train: Mapping[str, Any], validation: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,122 +224,3 @@ def required(logs: Mapping[str, Any], key: str, setting: str) -> Any:
             f"{setting} = {key!r} is no metric of this run", expected=f"one of {sorted(logs)}", fix="Set it to one."
         )
     return logs[key]
-
-
-_DIVERGED = "its loss was"
-
-
-def divergence(loss: float, step: int) -> str:
-    """Return the reason of a model that is stopped because of its loss.
-
-    Args:
-        loss: NaN or infinite.
-        step: Optimizer steps done.
-
-    Example:
-        >>> is_divergence(divergence(float("nan"), 7))
-        True
-    """
-    return f"{_DIVERGED} {loss} after step {step}"
-
-
-def is_divergence(reason: str) -> bool:
-    """Whether a reason is one of `divergence`.
-
-    Args:
-        reason: Why a model was stopped.
-    """
-    return reason.startswith(_DIVERGED)
-
-
-class EarlyStopping:
-    """Counts, for every model, the validations since its best value.
-
-    Args:
-        patiences: For each model, the validations in a row without a new best that stop it; None never does.
-        mode: ``"min"`` or ``"max"``.
-
-    Attributes:
-        stopped: Models that were stopped, with the reason.
-
-    Example:
-        >>> early = EarlyStopping([2], mode="min")
-        >>> [early.update([loss]) for loss in (1.0, 0.5, 0.6, 0.5)]
-        [[], [], [], [0]]
-    """
-
-    def __init__(self, patiences: Sequence[int | None], mode: str) -> None:
-        self.stopped: dict[int, str] = {}
-        self._patiences = patiences
-        self._mode = mode
-        self._best: list[float | None] = [None] * len(patiences)
-        self._waited = [0] * len(patiences)
-        self._active: Tensor | None = None
-        self._stopped_in_active = 0
-
-    @property
-    def is_on(self) -> bool:
-        """Whether values are wanted."""
-        return any(patience is not None for patience in self._patiences)
-
-    def update(self, values: list[float]) -> list[int]:
-        """Take the values of one validation.
-
-        Args:
-            values: One per model. NaN is never an improvement.
-
-        Returns:
-            The models that are to stop now.
-        """
-        newly = []
-        for model, value in enumerate(values):
-            if model in self.stopped:
-                continue
-            if self._is_better(value, self._best[model]):
-                self._best[model], self._waited[model] = value, 0
-                continue
-            self._waited[model] += 1
-            patience = self._patiences[model]
-            if patience is not None and self._waited[model] >= patience:
-                self.stopped[model] = f"no improvement on {self._best[model]} in {self._waited[model]} validations"
-                newly.append(model)
-        return newly
-
-    def all_stopped(self) -> bool:
-        """Whether no model is left."""
-        return len(self.stopped) == len(self._best)
-
-    def active(self) -> Tensor | None:
-        """Return ``[num_models]`` bool, the models that are left; None while none was stopped."""
-        if not self.stopped:
-            return None
-        # Asked for with every batch. Models are only ever added to those that are stopped.
-        if len(self.stopped) != self._stopped_in_active:
-            self._active = torch.tensor([model not in self.stopped for model in range(len(self._best))])
-            self._stopped_in_active = len(self.stopped)
-        return self._active
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return bests, counts and stopped models as plain data."""
-        return {"best": list(self._best), "waited": list(self._waited), "stopped": dict(self.stopped)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state.
-
-        Args:
-            state: From `state_dict`.
-
-        Raises:
-            TrainerError: It is of another number of models.
-        """
-        if len(state["best"]) != len(self._best):
-            raise TrainerError(
-                "early stopping at resume", received=f"{len(self._best)} models", expected=f"{len(state['best'])}"
-            )
-        self._best, self._waited = list(state["best"]), list(state["waited"])
-        self.stopped, self._stopped_in_active = dict(state["stopped"]), 0
-
-    def _is_better(self, value: float, best: float | None) -> bool:
-        if math.isnan(value):
-            return False
-        return best is None or (value < best if self._mode == "min" else value > best)

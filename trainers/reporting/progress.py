@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 
 class Progress:
@@ -17,7 +17,7 @@ class Progress:
         title: In front of the bar.
         total: Batches of the epoch; None if unknown.
         done: Batches before a resume.
-        is_wanted: False shows nothing. Nothing is shown either where stderr is no terminal.
+        is_wanted: False shows nothing. Nothing is shown either where stderr is neither a terminal nor a notebook.
 
     Example:
         >>> with Progress("epoch 0", total=2) as progress:
@@ -25,7 +25,7 @@ class Progress:
     """
 
     def __init__(self, title: str, total: int | None = None, done: int = 0, is_wanted: bool = True) -> None:
-        is_hidden = not is_wanted or not sys.stderr.isatty()
+        is_hidden = not is_wanted or not (sys.stderr.isatty() or _is_notebook())
         self._bar = tqdm(desc=title, total=total, initial=done, unit="batch", leave=False, disable=is_hidden)
 
     def __enter__(self) -> Progress:
@@ -52,3 +52,11 @@ class Progress:
         shown = {key: f"{value:.4g}" for key, value in values.items() if isinstance(value, (int, float))}
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
+
+
+def _is_notebook() -> bool:
+    """Whether this process is the kernel of a notebook: somebody looks at it, though its stderr is no terminal."""
+    # Only where it runs already: to ask it must not import it.
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return shell is not None and "IPKernelApp" in shell.config

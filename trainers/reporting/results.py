@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from trainers.ranks import of_first_rank
-from trainers.reporting.metrics import MetricSums, divergence, epoch_logs, required
-from trainers.schedules import step_schedulers
+from trainers.reporting.metrics import MetricSums, epoch_logs, required
+from trainers.schedules import kept_groups, step_schedulers
 from trainers.states import TrainerPhase
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Results:
         """
         if self.trainer.global_step % self.trainer.config.log_every_n_steps == 0 and self._loop.loggers:
             values = MetricSums(self._loop.training.num_models)
-            values.add(logs, self._loop.early_stopping.active())
+            values.add(logs, self._loop.early_stopping.counted())
             self._log({f"step_{key}": value for key, value in values.means().items()})
 
     def _log(self, values: Mapping[str, Any]) -> None:
@@ -111,7 +111,7 @@ class Results:
             losses: Model to loss.
         """
         for model, loss in losses.items():
-            self._loop.early_stopping.stopped[model] = divergence(loss, self.trainer.global_step)
+            self._loop.early_stopping.stop_diverged(model, loss, self.trainer.global_step)
             _LOGGER.warning("model %d is frozen from now on: its loss is %s", model, loss)
         self._apply_stops()
 
@@ -124,15 +124,23 @@ class Results:
         if logs is not None and len(values) != len(self._loop.schedulers):
             # One scheduler for all models watches their mean.
             values = [logs.get(metric)]
-        step_schedulers(
-            self._loop.schedulers,
-            None if logs is None else values,
-            resumed_before_first_step=trainer.global_step > 0 and not self._steps_in_this_process,
-        )
+        # Nothing of a stopped model changes any more. Without a scheduler of its own, its parameter group is kept.
+        stopped = list(self._loop.early_stopping.stopped) if self._stops_models_one_by_one() else []
+        has_own = len(self._loop.schedulers) == self._loop.training.num_models
+        with kept_groups(trainer.optimizer, [] if has_own else stopped):
+            step_schedulers(
+                self._loop.schedulers,
+                None if logs is None else values,
+                resumed_before_first_step=trainer.global_step > 0 and not self._steps_in_this_process,
+                left_out=stopped if has_own else [],
+            )
+
+    def _stops_models_one_by_one(self) -> bool:
+        return len(self._loop.training.patiences) == self._loop.training.num_models
 
     def _stop_early(self, logs: Mapping[str, Any]) -> None:
         key = self.trainer.config.early_stopping_metric
-        if len(self._loop.training.patiences) == self._loop.training.num_models:
+        if self._stops_models_one_by_one():
             values = required(self.trainer.model_metrics, key, "early_stopping_metric")
         else:
             values = [required(logs, key, "early_stopping_metric")]
@@ -146,5 +154,6 @@ class Results:
     def _apply_stops(self) -> None:
         self._loop.training.set_active(self._loop.early_stopping.active())
         self.trainer.stopped_models = dict(self._loop.early_stopping.stopped)
+        self.trainer.diverged_models = set(self._loop.early_stopping.diverged)
         if self._loop.early_stopping.all_stopped():
             self.trainer.stop_training = True

@@ -18,6 +18,7 @@ from tests.training_runs import assert_identical
 from trainers.callbacks import TrainingCallback
 from trainers.checkpoints.files import read_checkpoint
 from trainers.config.errors import ConfigurationError, ValidationError
+from trainers.config.schema import LoggingConfig
 from trainers.errors import TrainerError
 from trainers.per_model import PerModel
 from trainers.population import Halving, Population
@@ -372,6 +373,56 @@ def test_run_that_ends_between_the_epochs_of_a_rung(tmp_path: Path) -> None:
         assert population.trainer.global_step == BATCHES
         assert population.history.models == NAMES
     assert_identical(again.table(), first.table())
+
+
+class StopWithFirstRung(TrainingCallback):
+    def on_epoch_end(self, trainer: Any, epoch: int, logs: dict[str, Any]) -> None:
+        trainer.stop_training = epoch == 1
+
+
+def test_run_that_a_callback_ends_with_a_rung(tmp_path: Path) -> None:
+    """Started again it is complete; one that was killed there goes on (see above)."""
+    halving = Halving(every_n_epochs=2)
+    first = fit(make_population(tmp_path), halving, StopWithFirstRung())
+    again = fit(make_population(tmp_path), halving)
+    for population in (first, again):
+        assert population.trainer.global_step == 2 * BATCHES
+        assert population.history.models == NAMES
+    assert_identical(again.table(), first.table())
+
+
+def test_rungs_stay_where_a_run_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Moves(TrainingCallback):
+        def on_epoch_end(self, trainer: Any, epoch: int, logs: dict[str, Any]) -> None:
+            monkeypatch.chdir(tmp_path / "elsewhere")
+
+    for name in ("start", "elsewhere"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "start")
+    settings = {"logging": LoggingConfig(csv_log_dir="logs", log_file="run.log")}
+    fit(make_population(Path("runs"), settings=settings), Halving(every_n_epochs=1), Moves())
+    assert sorted(path.name for path in (tmp_path / "start").iterdir()) == ["logs", "run.log", "runs"]
+    for name in ("logs", "runs"):
+        assert len(list((tmp_path / "start" / name).iterdir())) == 4
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_refused_call_keeps_the_results_of_the_one_before(tmp_path: Path) -> None:
+    population = fit(make_population(tmp_path / "own", keep_best="error"), Halving(every_n_epochs=2))
+    table, trainer, weights = population.table(), population.trainer, population.model(population.best(), best=True)
+    fit(make_population(tmp_path / "other"), Halving(every_n_epochs=1))
+    population._config.checkpoint_dir = str(tmp_path / "other")
+    for halving, refused in ((Halving(every_n_epochs=2), "at resume"), (None, "with halving")):
+        with pytest.raises(TrainerError, match=refused):
+            fit(population, halving)
+        assert population.table() == table
+        assert population.trainer is trainer
+        assert_identical(population.model(population.best(), best=True).state_dict(), dict(weights.state_dict()))
+    # What fails later has begun anew.
+    population._config.checkpoint_dir = str(tmp_path / "new")
+    with pytest.raises(RuntimeError, match="failed"):
+        fit(population, None, StopAt(batch=BATCHES, error=RuntimeError("failed")))
+    assert {row["epochs"] for row in population.table()} == {1}
 
 
 def test_all_models_stopped(tmp_path: Path) -> None:

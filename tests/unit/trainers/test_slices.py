@@ -189,9 +189,9 @@ def test_single_models_joined_are_what_they_were(schedule: str, step: int, tmp_p
     assert join([content]) == content
 
 
-def test_what_stopped_models_measure_is_not_in_means(tmp_path: Path) -> None:
+def test_what_diverged_models_measure_is_not_in_means(tmp_path: Path) -> None:
     content = train(tmp_path / "run", ALL, max_epochs=1)
-    stopped = {"best": [0.1, 0.2, 0.3, 0.4], "waited": [0, 0, 2, 0], "stopped": {2: "loss nan"}}
+    stopped = {"best": [0.1, 0.2, 0.3, 0.4], "waited": [0, 0, 2, 0], "stopped": {2: "loss nan"}, "diverged": [2]}
     metrics = {
         "loss": 1.0,
         "lr": 0.5,
@@ -199,7 +199,8 @@ def test_what_stopped_models_measure_is_not_in_means(tmp_path: Path) -> None:
     }
     content = {**content, "early_stopping": stopped, "metrics": metrics}
     selected = select_models(content, [2, 3, 1])
-    assert selected["early_stopping"] == {"best": [0.3, 0.4, 0.2], "waited": [2, 0, 0], "stopped": {0: "loss nan"}}
+    expected = {"best": [0.3, 0.4, 0.2], "waited": [2, 0, 0], "stopped": {0: "loss nan"}, "diverged": [0]}
+    assert selected["early_stopping"] == expected
     assert selected["metrics"]["loss"] == 4.0
     assert selected["metrics"]["lr"] == 0.5
     assert list(selected["metrics"]) == ["loss", "lr", "loss_model_0", "loss_model_1", "loss_model_2"]
@@ -207,7 +208,11 @@ def test_what_stopped_models_measure_is_not_in_means(tmp_path: Path) -> None:
     assert math.isnan(select_models(content, [2])["metrics"]["loss"])
     assert join([selected, select_models(content, [0])])["early_stopping"]["stopped"] == {0: "loss nan"}
     assert join([select_models(content, [0]), selected])["early_stopping"]["stopped"] == {1: "loss nan"}
+    assert join([select_models(content, [0]), selected])["early_stopping"]["diverged"] == [1]
     assert join([select_models(content, [0]), selected])["metrics"]["loss"] == 3.0
+    # One that stopped early counts on.
+    early = select_models({**content, "early_stopping": {**stopped, "stopped": {1: "ready", 2: "loss nan"}}}, [2, 3, 1])
+    assert early["metrics"]["loss"] == 4.0
 
 
 def test_sums_of_the_epoch_are_those_of_the_models(tmp_path: Path) -> None:

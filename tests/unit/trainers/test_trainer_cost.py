@@ -18,7 +18,8 @@ from trainers.errors import TrainerError
 from trainers.generic import GenericTrainer
 from trainers.loaders import randomness
 from trainers.per_model import PerModel
-from trainers.reporting.metrics import EarlyStopping, MetricSums
+from trainers.reporting.early_stopping import EarlyStopping
+from trainers.reporting.metrics import MetricSums
 from trainers.settings import GenericTrainerConfig
 from trainers.training import as_pair
 

@@ -161,6 +161,26 @@ def test_progress(stream: io.StringIO, wanted: bool, shown: bool, monkeypatch: p
     assert ("epoch 3" in stream.getvalue()) == shown
 
 
+@pytest.mark.parametrize(("app", "shown"), [("IPKernelApp", True), ("TerminalIPythonApp", False)])
+def test_progress_in_a_notebook(app: str, shown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    shell = types.SimpleNamespace(config={app: {}})
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))  # type: ignore[arg-type]
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with Progress("epoch 3", total=4) as progress:
+        assert progress.is_shown == shown
+
+
+def test_log_files_stay_where_a_run_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("start", "elsewhere"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "start")
+    (logger,) = make_loggers(LoggingConfig(csv_log_dir="logs"), "run", {})
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    logger.log({"loss": 1.0}, 0, 1)
+    assert "loss" in (tmp_path / "start" / "logs" / "run" / "metrics.csv").read_text()
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
 def test_a_new_run_keeps_the_files_that_are_there(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("my own")
     for name in ("first", "second"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from mb_torch import ModelBatch, OptimizerFactory
-from tests.training_runs import Recorder, make_loader, make_objects, run
+from tests.training_runs import Recorder, assert_identical, final_state, make_loader, make_objects, run
 from trainers.callbacks import TrainingCallback
 from trainers.config.errors import ConfigurationError
 from trainers.errors import TrainerError
@@ -321,6 +321,51 @@ def test_stop_training(hook: str, steps: int, epochs_ended: int, tmp_path: Path)
 def test_max_steps(steps: int, validations: int, tmp_path: Path) -> None:
     trainer = run(tmp_path, max_steps=steps)
     assert (trainer.global_step, len(trainer.notes["logs"])) == (min(steps, 12), validations)
+
+
+class Longer:
+    """Has more batches than its length says."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(make_loader("list"))
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4, 5])
+def test_max_steps_holds_whatever_a_loader_says_of_its_length(
+    steps: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, optimizer, _ = make_objects("single")
+    trainer = _fit(tmp_path, model, optimizer, train=Longer(), max_steps=steps, max_epochs=2)
+    assert trainer.global_step == steps
+    assert ("more batches than the 3" in caplog.text) == (steps == 3)
+
+
+def test_an_epoch_before_which_a_run_was_stopped_is_still_to_come(tmp_path: Path) -> None:
+    class StopsAtOnce(Recorder):
+        def on_training_start(self) -> None:
+            self.stop_training = True
+
+    assert run(tmp_path / "run", trainer_class=StopsAtOnce, max_epochs=1).global_step == 0
+    notes: dict[str, Any] = {}
+    longer, whole = run(tmp_path / "run", notes=notes), run(tmp_path / "whole")
+    assert_identical(final_state(longer), final_state(whole))
+
+
+def test_checkpoints_stay_where_a_run_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("start", "elsewhere"):
+        (tmp_path / name).mkdir()
+
+    class Moves(Recorder):
+        def on_epoch_end(self, epoch: int, logs: dict[str, Any]) -> None:
+            monkeypatch.chdir(tmp_path / "elsewhere")
+
+    monkeypatch.chdir(tmp_path / "start")
+    run(Path("runs"), trainer_class=Moves)
+    assert (tmp_path / "start" / "runs" / "epoch_002_step_000012.ckpt").is_file()
+    assert not any((tmp_path / "elsewhere").iterdir())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

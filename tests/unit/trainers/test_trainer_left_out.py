@@ -1,0 +1,120 @@
+"""What is left out, of a model: batches without a finite loss, and everything after it was stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mb_torch import ModelBatch, OptimizerFactory
+from tests.compare import assert_equal
+from tests.training_runs import make_loader
+from trainers.errors import TrainerError
+from trainers.generic import GenericTrainer
+from trainers.kept_buffers import KeptBuffers
+from trainers.per_model import PerModel
+from trainers.settings import GenericTrainerConfig
+
+Batches = list[tuple[Tensor, Tensor]]
+
+
+class Counting(nn.Module):
+    """Replaces a buffer instead of writing to it."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.calls = self.calls + inputs.sum().detach()
+        return inputs
+
+
+class OwnStep(GenericTrainer):
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        return super().training_step(batch, batch_idx)
+
+
+def _model() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+
+
+def _broken(batches: Batches) -> Batches:
+    """With a batch of NaN after the second."""
+    inputs, targets = batches[0]
+    return [*batches[:2], (torch.full_like(inputs, torch.nan), targets), *batches[2:]]
+
+
+@pytest.mark.parametrize("kind", ["single", "replaced", "torch", "jax"])
+def test_a_skipped_batch_leaves_the_model_as_it_was(kind: str, tmp_path: Path) -> None:
+    batches: Batches = make_loader("list")
+    ends = []
+    for name, data in (("whole", batches), ("broken", _broken(batches))):
+        torch.manual_seed(0)
+        model: nn.Module = _model()
+        if kind == "replaced":
+            model = nn.Sequential(Counting(), model)
+        elif kind != "single":
+            model = ModelBatch([_model() for _ in range(3)], backend=kind)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        config = GenericTrainerConfig(checkpoint_dir=str(tmp_path / name), max_epochs=2, on_nan_loss="skip")
+        OwnStep(config, loss_fn=nn.functional.mse_loss).fit(model, optimizer, data)
+        ends.append({key: value.clone() for key, value in model.state_dict().items()})
+    assert any("running_mean" in key for key in ends[0])
+    assert_equal(ends[1], ends[0])
+
+
+def test_buffers_are_copied_to_the_same_place_every_time() -> None:
+    kept = KeptBuffers(_model())
+    kept.keep()
+    before = [copied.data_ptr() for copied in kept._copies]
+    kept.keep()
+    assert [copied.data_ptr() for copied in kept._copies] == before
+    empty = KeptBuffers(nn.Linear(1, 1))
+    empty.keep()
+    empty.put_back()
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_stop_says_that_weights_are_broken_already(backend: str, accumulate: int, tmp_path: Path) -> None:
+    batch = ModelBatch([nn.Linear(3, 1) for _ in range(2)], backend=backend)
+    optimizer = OptimizerFactory(torch.optim.SGD).create_optimizer(batch, [{"lr": 0.1}] * 2)
+    config = GenericTrainerConfig(checkpoint_dir=str(tmp_path), gradient_accumulation_steps=accumulate)
+    trainer = GenericTrainer(config, loss_fn=nn.functional.mse_loss)
+    with pytest.raises(TrainerError, match="batch 2: the loss of models: received {0: nan, 1: nan}") as raised:
+        trainer.fit(batch, optimizer, _broken(make_loader("list")))
+    # Of an incomplete accumulation nothing was applied yet.
+    is_broken = "weights are not finite either (weight, bias)" in str(raised.value)
+    assert is_broken == (accumulate == 1)
+    assert not is_broken or "load_checkpoint" in str(raised.value)
+    assert "on_nan_loss='freeze'" in str(raised.value)
+
+
+@pytest.mark.parametrize("interval", ["epoch", "step"])
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_the_schedule_of_a_stopped_model_stands_still(interval: str, is_shared: bool, tmp_path: Path) -> None:
+    batch = ModelBatch([nn.Linear(3, 1) for _ in range(2)])
+    factory = OptimizerFactory(torch.optim.SGD)
+    # The first one learns nothing, and stops after its second validation.
+    optimizer = factory.create_optimizer(batch, [{"lr": 1e-30}, {"lr": 0.01}])
+    exponential = torch.optim.lr_scheduler.ExponentialLR
+    scheduler = exponential(optimizer, 0.5)
+    schedulers = factory.create_lr_scheduler(optimizer, exponential, [{"gamma": 0.5}] * 2)
+    config = GenericTrainerConfig(checkpoint_dir=str(tmp_path), max_epochs=5, scheduler_interval=interval)
+    trainer = GenericTrainer(
+        config, loss_fn=nn.functional.mse_loss, per_model=PerModel(early_stopping_patience=[1, None])
+    )
+    batches = make_loader("list")
+    trainer.fit(batch, optimizer, batches, batches, scheduler if is_shared else schedulers)
+    assert trainer.stopped_models.keys() == {0}
+    steps = 1 if interval == "epoch" else len(batches)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    assert rates == pytest.approx([1e-30 * 0.5 ** (2 * steps), 0.01 * 0.5 ** (5 * steps)], rel=1e-9, abs=0)
+    if not is_shared:
+        assert [own.last_epoch for own in schedulers] == [2 * steps, 5 * steps]

@@ -1,0 +1,56 @@
+"""The buffers of a model as they were before a batch, for batches that are left out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class KeptBuffers:
+    """A copy of a model's buffers: running statistics, mostly, which a forward pass moves.
+
+    Args:
+        model: A module or a `ModelBatch`.
+
+    Example:
+        >>> model = nn.BatchNorm1d(1)
+        >>> kept = KeptBuffers(model)
+        >>> kept.keep()
+        >>> _ = model(torch.tensor([[float("nan")], [1.0]]))
+        >>> kept.put_back()
+        >>> model.running_mean
+        tensor([0.])
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._places: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
+        self._copies: list[Tensor] = []
+
+    def keep(self) -> None:
+        """Copy them as they are now."""
+        # Looked for every time: a module may replace its buffers.
+        places = [
+            (module._buffers, name, buffer)
+            for module in self._model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        buffers = [buffer.detach() for _, _, buffer in places]
+        if [_form(buffer) for buffer in buffers] == [_form(copied) for copied in self._copies]:
+            if buffers:
+                torch._foreach_copy_(self._copies, buffers)
+        else:
+            self._copies = [buffer.clone() for buffer in buffers]
+        self._places = places
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Give them the values that they had when they were copied."""
+        for (table, name, buffer), copied in zip(self._places, self._copies, strict=True):
+            buffer.copy_(copied)
+            table[name] = buffer
+
+
+def _form(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return tensor.shape, tensor.dtype, tensor.device
