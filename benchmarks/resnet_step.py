@@ -13,8 +13,8 @@ from benchmarks.workloads import ResNets
 
 RACE = "ResNet-18, 2"
 # Every contestant keeps its models in memory: four of each do not fit into 24 GiB. A step takes so long that there are
-# few, within which losses fall because the same two batches come again and again; at a rate at which they fall smoothly,
-# for rounding grows with every step at a higher one.
+# few. Losses fall within them because the same two batches come again and again, at a rate at which they fall smoothly:
+# at a higher one rounding grows with every step.
 WORKLOAD = ResNets(
     num_models=2, batch=8, num_batches=2, optimizer="SGD with momentum", lowest_rate=1e-3, highest_rate=1e-3
 )

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from trainers.errors import TrainerError
+from trainers.ranks import gathered_from_ranks
 
 _ORDER = "The order is fit(model, optimizer, train_loader, val_loader, scheduler)."
 _NAMED = 5
@@ -42,6 +43,36 @@ def check_fit_arguments(model: Any, optimizer: Any, scheduler: Any, *, clips: bo
         _check_scheduler(one, optimizer)
     if clips:
         _check_gradients(model)
+
+
+def check_ranks(steps: int | None, *, validates: bool) -> None:
+    """Refuse loaders with which the processes of a run would wait for each other for ever.
+
+    Args:
+        steps: Optimizer steps of an epoch in this process; None if that is unknown.
+        validates: Whether it has a ``val_loader``.
+
+    Raises:
+        TrainerError: The processes do not have the same.
+
+    Example:
+        >>> check_ranks(3, validates=False)
+    """
+    every = gathered_from_ranks((steps, validates))
+    with_validation = [rank for rank, (_, validates) in enumerate(every) if validates]
+    if with_validation and len(with_validation) < len(every):
+        raise TrainerError(
+            "fit: val_loader",
+            received=f"one on the ranks {with_validation} of {len(every)}",
+            expected="one on all ranks or on none, because the ranks validate together",
+        )
+    if len({steps for steps, _ in every if steps is not None}) > 1:
+        raise TrainerError(
+            "fit: train_loader",
+            received=f"{[steps for steps, _ in every]} optimizer steps an epoch on the ranks",
+            expected="as many on all ranks, because they step together",
+            fix="Use a DistributedSampler, or drop_last=True.",
+        )
 
 
 def _check_kind(optimizer: Any) -> None:

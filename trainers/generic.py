@@ -15,19 +15,20 @@ from torch import Tensor, nn
 
 from mb_torch import ModelBatch
 from trainers.checkpoints.files import checkpoint_timeout, preemption_timeout, read_checkpoint
+from trainers.checkpoints.objects import apply_objects
 from trainers.checkpoints.saving import Saves
 from trainers.checkpoints.snapshot import (
-    apply_objects,
     apply_run,
+    check_same_place,
     collect,
     is_finished,
     own_rank,
     warn_of_other_settings,
 )
-from trainers.checkpoints.store import DEFAULT_FILENAME, CheckpointStore
+from trainers.checkpoints.store import DEFAULT_FILENAME, LATEST, CheckpointStore
 from trainers.config.errors import ConfigurationError
 from trainers.errors import MissingCheckpointError, TrainerError
-from trainers.fit_arguments import check_fit_arguments
+from trainers.fit_arguments import check_fit_arguments, check_ranks
 from trainers.hooks import TrainerHooks
 from trainers.loaders.processes import can_fork
 from trainers.loaders.resumable import make_resumable
@@ -35,7 +36,14 @@ from trainers.loop import TrainingLoop
 from trainers.per_model import PerModel
 from trainers.preemption.boundaries import Preempted
 from trainers.preemption.signals import SignalFlags
-from trainers.ranks import is_first_rank, on_first_rank, tell_failure, wait_for_all_ranks, warn_of_unconnected_tasks
+from trainers.ranks import (
+    failing_together,
+    is_first_rank,
+    on_first_rank,
+    tell_failure,
+    wait_for_all_ranks,
+    warn_of_unconnected_tasks,
+)
 from trainers.reporting.loggers import make_loggers, messages_as_configured
 from trainers.reporting.metrics import MetricFunction
 from trainers.reproducibility import algorithms, seed_everything
@@ -158,6 +166,7 @@ class GenericTrainer(TrainerHooks):
         self._per_model = per_model
         self._loop: TrainingLoop | None = None
         self._to_load: dict[str, Any] | None = None
+        self._source: Path | None = None
         self._saved_at: tuple[Any, ...] | None = None
         self._compiled: Any = None
         self._step_at_start = 0
@@ -201,13 +210,17 @@ class GenericTrainer(TrainerHooks):
             # From now on: what is to be resumed may take long to load.
             self.signal_flags.install()
             with messages_as_configured(self.config.logging), chosen:
-                loop = self._make_loop(train_loader, val_loader)
+                with failing_together():
+                    loop = self._make_loop(train_loader, val_loader)
+                check_ranks(loop.steps_per_epoch(), validates=val_loader is not None)
                 with self._held_folder():
                     goes_back = self._to_load is not None or not self.config.auto_resume
-                    content = self._content_to_resume()
+                    with failing_together():
+                        content = self._content_to_resume()
+                    check_same_place(content)
                     if content is not None:
                         warn_of_other_settings(self, loop.schedulers, content)
-                    if content is not None and is_finished(content, self.config):
+                    if content is not None and is_finished(content, self.config, loop.early_stopping):
                         self._load_complete(loop, content)
                     else:
                         self._run(loop, content, goes_back=goes_back)
@@ -313,12 +326,14 @@ class GenericTrainer(TrainerHooks):
             self._saves.wait()
             self.store.look()
             content = self.store.newest()
+            source = self.store.folder / content.get("file", LATEST)
         else:
-            content = read_checkpoint(Path(checkpoint_path))
+            source = Path(checkpoint_path)
+            content = read_checkpoint(source)
         state, _ = own_rank(content)
         if self.model is not None and self.optimizer is not None:
-            apply_objects(self, as_list(self.scheduler, self.config.scheduler_interval), content)
-        self._to_load = content
+            apply_objects(self, as_list(self.scheduler, self.config.scheduler_interval), content, str(source))
+        self._to_load, self._source = content, source
         return state
 
     def request_preemption(self) -> None:
@@ -441,20 +456,25 @@ class GenericTrainer(TrainerHooks):
             with on_first_rank() as is_first:
                 if is_first:
                     stack.enter_context(self.store.held())
-            if not is_first:
-                self.store.look()
+            with failing_together():
+                if not is_first:
+                    self.store.look()
             yield
 
     def _content_to_resume(self) -> dict[str, Any] | None:
         """What `load_checkpoint` was given, else the newest checkpoint of the run, else None."""
-        content, self._to_load = self._to_load, None
-        if content is not None or not self.config.auto_resume or not self.store.files:
-            return content
+        if self._to_load is not None or not self.config.auto_resume or not (self.store.files or self.store.damaged):
+            return self._to_load
         try:
-            return self.store.newest()
+            content = self.store.newest()
         except MissingCheckpointError as error:
-            _LOGGER.warning("%s. Training starts from the beginning.", error.problem)
+            _LOGGER.warning(
+                "%s. Training starts from the beginning; a file whose name is taken by a new checkpoint is renamed.",
+                error.problem,
+            )
             return None
+        self._source = self.store.folder / content.get("file", LATEST)
+        return content
 
     def _time_for_save(self, *, emergency: bool, is_last: bool) -> tuple[float, Callable[[float], TrainerError]]:
         """Seconds, after what is still being written in the background if this is the last one; makes the error."""
@@ -479,8 +499,15 @@ class GenericTrainer(TrainerHooks):
     def _set_position(self, state: ResumeState) -> None:
         self.current_phase, self.current_epoch, self.global_step = state.phase, state.epoch, state.global_step
 
+    def _apply_objects(self, loop: TrainingLoop, content: dict[str, Any]) -> None:
+        with failing_together():
+            own_rank(content)
+            apply_objects(self, loop.schedulers, content, str(self._source))
+        # Only now: after an error, the next fit() with other objects goes on from the same checkpoint.
+        self._to_load = None
+
     def _load_complete(self, loop: TrainingLoop, content: dict[str, Any]) -> None:
-        apply_objects(self, loop.schedulers, content)
+        self._apply_objects(loop, content)
         apply_run(self, loop, content)
         state, _ = own_rank(content)
         self._set_position(state)
@@ -494,6 +521,8 @@ class GenericTrainer(TrainerHooks):
         )
 
     def _run(self, loop: TrainingLoop, content: dict[str, Any] | None, *, goes_back: bool) -> None:
+        if content is not None:
+            self._apply_objects(loop, content)
         self._loop, self._saved_at = loop, None
         if self.config.monitor is not None and self.store.has_one_name():
             _LOGGER.warning(
@@ -510,7 +539,6 @@ class GenericTrainer(TrainerHooks):
         if content is None and self.config.seed is not None:
             seed_everything(self.config.seed)
         if content is not None:
-            apply_objects(self, loop.schedulers, content)
             apply_run(self, loop, content)
             state, loader_state = own_rank(content)
             self._set_position(state)
@@ -520,16 +548,17 @@ class GenericTrainer(TrainerHooks):
             self.store.best = None
         self._step_at_start = self.global_step
         train_mode_if_evaluating(self.model)
-        if is_first_rank():
-            if goes_back:
+        with on_first_rank() as is_first:
+            if is_first and goes_back:
                 self.store.set_aside_later_than(content)
-            loop.loggers = make_loggers(
-                self.config.logging,
-                self.config.experiment_name,
-                self.config.to_dict(),
-                trackers,
-                None if state is None else state.global_step,
-            )
+            if is_first:
+                loop.loggers = make_loggers(
+                    self.config.logging,
+                    self.config.experiment_name,
+                    self.config.to_dict(),
+                    trackers,
+                    None if state is None else state.global_step,
+                )
         try:
             if state is not None:
                 self.call_hooks("on_resume_from_checkpoint", state)

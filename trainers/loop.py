@@ -8,6 +8,7 @@ on from there ends like one that was never left.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from torch.utils import _pytree as pytree
 from trainers.errors import TrainerError
 from trainers.loaders.resumable import ResumableLoader
 from trainers.preemption.boundaries import Boundaries
-from trainers.ranks import gathered_from_ranks
+from trainers.ranks import gathered_from_ranks, is_distributed
 from trainers.reporting.early_stopping import EarlyStopping
 from trainers.reporting.loggers import MetricLogger
 from trainers.reporting.metrics import MetricSums, description
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 _LOGGER = logging.getLogger(__name__)
 
 _IN_VALIDATION = (TrainerPhase.VAL_START_EPOCH, TrainerPhase.VAL_BATCH_END)
+_NO_BATCH = object()
 _BETWEEN_EPOCHS = (TrainerPhase.EPOCH_END, TrainerPhase.TRAINING_COMPLETE)
 
 
@@ -167,6 +169,11 @@ class TrainingLoop:
             epoch: From 0.
         """
         return self.val_loader is None or (epoch + 1) % self.trainer.config.validate_every_n_epochs == 0
+
+    def steps_per_epoch(self) -> int | None:
+        """How many optimizer steps an epoch has; None where its length is unknown."""
+        batches = _length(self.train_loader)
+        return None if batches is None else math.ceil(batches / self.trainer.config.gradient_accumulation_steps)
 
     def close(self) -> None:
         """Let loader processes and log files go; the state of the run can still be saved."""
@@ -298,26 +305,32 @@ class TrainingLoop:
         ):
             while True:
                 trainer.set_phase(TrainerPhase.VAL_BATCH_LOAD)
-                try:
-                    batch = next(batches)
-                except StopIteration:
+                batch = next(batches, _NO_BATCH)
+                if batch is _NO_BATCH and not is_distributed():
                     break
-                trainer.set_phase(TrainerPhase.VAL_BATCH_FORWARD)
-                with self.training.precision():
-                    logs = trainer.validation_step(batch, self._val_batch_idx)
-                if not isinstance(logs, Mapping):
-                    raise TrainerError("validation_step", received=f"a {type(logs).__name__}", expected="a dict")
-                self._val_sums.add(logs, self.early_stopping.counted())
-                self._val_sums.num_samples += _num_samples(batch)
-                self._val_batch_idx += 1
-                if self._val_batch_idx == 1:
-                    self._warn_of_left_out("validation_step", logs, self._val_sums)
+                if batch is not _NO_BATCH:
+                    self._validate_batch(batch)
                 trainer.set_phase(TrainerPhase.VAL_BATCH_END)
-                if progress.is_shown:
+                if progress.is_shown and batch is not _NO_BATCH:
                     progress.advance(self._val_sums.means())
-                self.boundaries.leave_if_asked()
+                # The ranks meet after every batch, so one without any left waits for the others.
+                if not self.boundaries.leave_if_asked(is_busy=batch is not _NO_BATCH):
+                    break
         if not self._val_batch_idx:
             raise TrainerError("val_loader", received="no batch in a validation", expected="at least one, or None")
+
+    def _validate_batch(self, batch: Any) -> None:
+        trainer = self.trainer
+        trainer.set_phase(TrainerPhase.VAL_BATCH_FORWARD)
+        with self.training.precision():
+            logs = trainer.validation_step(batch, self._val_batch_idx)
+        if not isinstance(logs, Mapping):
+            raise TrainerError("validation_step", received=f"a {type(logs).__name__}", expected="a dict")
+        self._val_sums.add(logs, self.early_stopping.counted())
+        self._val_sums.num_samples += _num_samples(batch)
+        self._val_batch_idx += 1
+        if self._val_batch_idx == 1:
+            self._warn_of_left_out("validation_step", logs, self._val_sums)
 
     def _warn_of_left_out(self, step: str, logs: Mapping[str, Any], sums: MetricSums) -> None:
         """Say once which values are no metrics; texts and None are not meant to be."""

@@ -38,7 +38,7 @@ def rank() -> int:
         >>> rank()
         0
     """
-    return distributed.get_rank() if _is_distributed() else 0
+    return distributed.get_rank() if is_distributed() else 0
 
 
 def is_first_rank() -> bool:
@@ -52,7 +52,7 @@ def is_first_rank() -> bool:
         >>> is_first_rank()
         True
     """
-    return rank() == 0 and (_is_distributed() or process_rank() == 0)
+    return rank() == 0 and (is_distributed() or process_rank() == 0)
 
 
 def is_first_of_job() -> bool:
@@ -65,7 +65,7 @@ def is_first_of_job() -> bool:
         >>> is_first_of_job()
         True
     """
-    return rank() == 0 if _is_distributed() else _is_first_task()
+    return rank() == 0 if is_distributed() else _is_first_task()
 
 
 def warn_of_unconnected_tasks(folder: Path) -> None:
@@ -74,7 +74,7 @@ def warn_of_unconnected_tasks(folder: Path) -> None:
     Args:
         folder: Of its checkpoints.
     """
-    if is_first_rank() and not _is_distributed() and not _is_first_task():
+    if is_first_rank() and not is_distributed() and not _is_first_task():
         _LOGGER.warning(
             "this is task %s of a Slurm job, and its processes are not connected: it trains and saves a run of its own "
             "in %s. Give every task a folder of its own, or call torch.distributed.init_process_group() before fit()",
@@ -97,7 +97,7 @@ def agreed(values: Sequence[int], device: torch.device) -> list[int]:
         >>> agreed([0, 3], torch.device("cpu"))
         [0, 3]
     """
-    if not _is_distributed():
+    if not is_distributed():
         return list(values)
     tensor = torch.tensor(values, device=device)
     distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX)
@@ -116,7 +116,7 @@ def gathered_from_ranks(value: Any) -> list[Any]:
     Raises:
         OtherRankFailed: Another process has told by `tell_failure` that it failed before it came here.
     """
-    if not _is_distributed():
+    if not is_distributed():
         return [value]
     values: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(values, value)
@@ -132,9 +132,29 @@ def tell_failure(error: Exception) -> None:
     Args:
         error: Why this process does not come there. Nothing is told of what another one has told.
     """
-    if _is_distributed() and not isinstance(error, OtherRankFailed):
+    if is_distributed() and not isinstance(error, OtherRankFailed):
         values: list[Any] = [None] * distributed.get_world_size()
         distributed.all_gather_object(values, _Failure(f"{type(error).__name__}: {error}"))
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """Do something in every process; where it fails in one, all of them raise.
+
+    Raises:
+        OtherRankFailed: It has failed in another process.
+
+    Example:
+        >>> with failing_together():
+        ...     1 + 1
+        2
+    """
+    try:
+        yield
+    except Exception as error:
+        tell_failure(error)
+        raise
+    wait_for_all_ranks()
 
 
 @contextlib.contextmanager
@@ -149,12 +169,8 @@ def on_first_rank() -> Iterator[bool]:
         ...     is_first
         True
     """
-    try:
+    with failing_together():
         yield is_first_rank()
-    except Exception as error:
-        tell_failure(error)
-        raise
-    wait_for_all_ranks()
 
 
 def of_first_rank(value: Any) -> Any:
@@ -179,7 +195,16 @@ def wait_for_all_ranks() -> None:
     gathered_from_ranks(None)
 
 
-def _is_distributed() -> bool:
+def is_distributed() -> bool:
+    """Whether this process is one of those of ``torch.distributed``.
+
+    Returns:
+        True also for the only one.
+
+    Example:
+        >>> is_distributed()
+        False
+    """
     return distributed.is_available() and distributed.is_initialized()
 
 

@@ -146,6 +146,7 @@ def join(contents: Sequence[Mapping[str, Any]]) -> Content:
         "optimizer_state_dict": joined("optimizer_state_dict", _join_optimizers),
         "scheduler_state_dict": joined("scheduler_state_dict", lambda parts: _join_schedulers(parts, counts)),
         "scaler_state_dict": joined("scaler_state_dict", _join_scalers),
+        "classes": _join_classes([content.get("classes") for content in contents]),
         "early_stopping": early,
         "metrics": joined("metrics", lambda parts: join_metrics(parts, counts, counted)),
         "resume_state": with_sums(
@@ -317,6 +318,16 @@ def _join_optimizers(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if form != forms[0]:
             raise differ("their optimizers", f"{form[0]} parameters and the options {form[1]}", f"{forms[0]}")
     return _stacked(owns)
+
+
+def _join_classes(parts: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:
+    """The classes of all; None where a checkpoint of an earlier version does not say them."""
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    if len({part["optimizer"] for part in known}) > 1:
+        raise differ("their optimizers", [part["optimizer"] for part in known], "one class")
+    return {**known[0], "schedulers": sorted({name for part in known for name in part["schedulers"]})}
 
 
 def _join_scalers(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainers.checkpoints.files import FORMAT_VERSION, to_plain, with_types_of
+from trainers.checkpoints.files import FORMAT_VERSION, to_plain
+from trainers.checkpoints.objects import class_names
 from trainers.errors import TrainerError
 from trainers.ranks import gathered_from_ranks, rank
 from trainers.reporting.metrics import model_metrics_of
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from trainers.callbacks import TrainingCallback
     from trainers.generic import GenericTrainer
     from trainers.loop import TrainingLoop
+from trainers.reporting.early_stopping import EarlyStopping
 
 _LOGGER = logging.getLogger(__name__)
 # Settings, or groups of them, that do not change what a run computes.
@@ -52,8 +54,11 @@ def collect(trainer: GenericTrainer, loop: TrainingLoop, state: ResumeState) -> 
     """
     settings = trainer.config.checkpoint
     scaler = loop.training.scaler
-    own = {"rng": state.to_dict()["rng"], "loader_state": _loader_state(loop)}
-    resume_state = {**state.to_dict(), "rng": None}
+    place = state.to_dict()
+    # Validations may be of different lengths.
+    batches = {part: place[part]["batch_idx"] for part in ("train", "val") if place[part] is not None}
+    own = {"rng": place["rng"], "loader_state": _loader_state(loop), "batches": batches}
+    resume_state = {**place, "rng": None}
     return {
         "format_version": FORMAT_VERSION,
         "experiment_name": trainer.config.experiment_name,
@@ -69,6 +74,7 @@ def collect(trainer: GenericTrainer, loop: TrainingLoop, state: ResumeState) -> 
         ]
         if settings.save_scheduler and loop.schedulers
         else None,
+        "classes": class_names(trainer.optimizer, loop.schedulers),
         "scaler_state_dict": None if scaler is None else to_plain(scaler.state_dict(), "the scaler"),
         "resume_state": resume_state,
         **_of_first_rank(to_plain(gathered_from_ranks(own), "the state of the loaders"), resume_state),
@@ -103,7 +109,32 @@ def own_rank(content: Mapping[str, Any]) -> tuple[ResumeState, dict[str, Any]]:
     if rank() == 0:
         return ResumeState.from_dict(content["resume_state"]), content["loader_state"]
     own = others[rank() - 1]
-    return ResumeState.from_dict({**content["resume_state"], "rng": own["rng"]}), own["loader_state"]
+    place = {**content["resume_state"], "rng": own["rng"]}
+    # Checkpoints of earlier versions have no batches.
+    for part, batch_idx in own.get("batches", {}).items():
+        place[part] = {**place[part], "batch_idx": batch_idx}
+    return ResumeState.from_dict(place), own["loader_state"]
+
+
+def check_same_place(content: Mapping[str, Any] | None) -> None:
+    """Refuse to go on from different checkpoints in the processes of a run.
+
+    Args:
+        content: Of the checkpoint that this process goes on from; None to begin.
+
+    Raises:
+        TrainerError: Another process goes on from another one.
+    """
+    place = None if content is None else (content["global_step"], content["save_timestamp"])
+    places = gathered_from_ranks(place)
+    if len(set(places)) > 1:
+        steps = ["the beginning" if each is None else f"step {each[0]}" for each in places]
+        raise TrainerError(
+            "the ranks would go on from different checkpoints",
+            received=", ".join(f"rank {number} from {step}" for number, step in enumerate(steps)),
+            expected="the same one",
+            fix="Let all of them see the same folder, and call load_checkpoint() in all or in none.",
+        )
 
 
 def warn_of_other_settings(trainer: GenericTrainer, schedulers: Sequence[Any], content: Mapping[str, Any]) -> None:
@@ -146,38 +177,6 @@ def warn_of_other_settings(trainer: GenericTrainer, schedulers: Sequence[Any], c
         )
 
 
-def apply_objects(trainer: GenericTrainer, schedulers: Sequence[Any], content: Mapping[str, Any]) -> None:
-    """Load model, optimizer and schedulers.
-
-    Args:
-        trainer: That has them.
-        schedulers: All there are.
-        content: Of the checkpoint.
-
-    Raises:
-        RuntimeError: They are of another shape (torch's own message).
-        TrainerError: Another number of schedulers.
-    """
-    trainer.model.load_state_dict(content["model_state_dict"])
-    if content["optimizer_state_dict"] is None:
-        _LOGGER.warning("the checkpoint has no optimizer state (checkpoint.save_optimizer is off): it starts anew")
-    else:
-        trainer.optimizer.load_state_dict(content["optimizer_state_dict"])
-    states = content["scheduler_state_dict"]
-    if states is None:
-        if schedulers:
-            _LOGGER.warning("the checkpoint has no scheduler state: the schedule starts anew")
-        return
-    if len(states) != len(schedulers):
-        raise TrainerError(
-            "schedulers at resume",
-            received=f"{len(schedulers)}",
-            expected=f"{len(states)}, as in the run that is continued",
-        )
-    for scheduler, state in zip(schedulers, states, strict=True):
-        scheduler.load_state_dict(with_types_of(state, scheduler.state_dict()))
-
-
 def apply_run(trainer: GenericTrainer, loop: TrainingLoop, content: Mapping[str, Any]) -> None:
     """Load everything else that belongs to a run, but its position and the random generators.
 
@@ -209,12 +208,13 @@ def apply_run(trainer: GenericTrainer, loop: TrainingLoop, content: Mapping[str,
             )
 
 
-def is_finished(content: Mapping[str, Any], config: GenericTrainerConfig) -> bool:
-    """Whether a checkpoint is that of a complete run, and the bounds were not raised since.
+def is_finished(content: Mapping[str, Any], config: GenericTrainerConfig, early_stopping: EarlyStopping) -> bool:
+    """Whether a checkpoint is that of a complete run, and neither bounds nor patience were raised since.
 
     Args:
         content: Of the checkpoint.
         config: As it is now.
+        early_stopping: With the patience of now.
 
     Returns:
         True if there is nothing left to train.
@@ -227,7 +227,9 @@ def is_finished(content: Mapping[str, Any], config: GenericTrainerConfig) -> boo
     more_steps = saved["max_steps"] is not None and (config.max_steps is None or config.max_steps > saved["max_steps"])
     next_epoch = state.epoch + (state.train is None)
     has_room = next_epoch < config.max_epochs and (config.max_steps is None or state.global_step < config.max_steps)
-    return not ((more_epochs or more_steps) and has_room)
+    early = content["early_stopping"]
+    more_patience = len(early["stopped"]) == len(early["best"]) and bool(early_stopping.revived(early))
+    return not ((more_epochs or more_steps or more_patience) and has_room)
 
 
 def _loader_state(loop: TrainingLoop) -> dict[str, Any]:

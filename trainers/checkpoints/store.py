@@ -28,6 +28,7 @@ DEFAULT_FILENAME = "epoch_{epoch:03d}_step_{step:06d}.ckpt"
 LATEST, BEST = "latest.ckpt", "best.ckpt"
 LOCK_FILE = ".fit.lock"
 SET_ASIDE = ".set_aside"
+DAMAGED = ".damaged"
 # How long a process waits for the folder: servers of files hold that of a machine that died for a minute or two.
 LOCK_SECONDS = 120.0
 _LOGGER = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ class CheckpointStore:
 
     Attributes:
         files: What there is, oldest first.
+        damaged: Names of files that cannot be used; they are left where they are until their names are needed.
         best: ``{"metric", "value", "file"}``; None before the first monitored value.
     """
 
@@ -89,6 +91,7 @@ class CheckpointStore:
     ) -> None:
         self.folder = folder
         self.files: list[CheckpointFile] = []
+        self.damaged: list[str] = []
         self.best: dict[str, Any] | None = None
         self._filename = filename
         self._keep = keep
@@ -126,13 +129,14 @@ class CheckpointStore:
         Raises:
             TrainerError: A file cannot be read, for a reason that says nothing about its content.
         """
-        self.files = []
+        self.files, self.damaged = [], []
         for path in sorted(self.folder.glob("*.ckpt")):
             if path.is_file() and not path.is_symlink():
                 try:
                     content = read_header(path)
                 except DamagedCheckpointError as error:
                     _LOGGER.warning("%s; the file is skipped", error)
+                    self.damaged.append(path.name)
                     continue
                 except MissingCheckpointError:
                     continue  # another process trains here, and keeps only so many
@@ -153,15 +157,19 @@ class CheckpointStore:
         Raises:
             MissingCheckpointError: There is none.
         """
-        for file in reversed(self.files):
+        for file in list(reversed(self.files)):
             try:
                 return read_checkpoint(self.folder / file.name)
             # Another process may train here, and keep only so many.
             except (DamagedCheckpointError, MissingCheckpointError) as error:
                 _LOGGER.warning("%s; an older checkpoint is used", error)
+                if isinstance(error, DamagedCheckpointError):
+                    self.damaged.append(file.name)
+                self.files.remove(file)
         raise MissingCheckpointError(
             "no checkpoint to load",
-            received=f"the folder {self.folder}",
+            received=f"the folder {self.folder}"
+            + (f" with the damaged {sorted(self.damaged)}" if self.damaged else ""),
             expected="a .ckpt file that can be read",
             fix="Give load_checkpoint() a path, or train first.",
         )
@@ -239,6 +247,7 @@ class CheckpointStore:
         content["is_ranked"] = is_ranked
         content["file"] = name
         path = self.folder / name
+        self._keep_damaged(name)
         write_checkpoint(content, path, time.monotonic() + seconds, lambda: timeout_error(seconds))
         self.best = best
         self.files = [file for file in self.files if file.name != name]
@@ -284,6 +293,18 @@ class CheckpointStore:
             [file.name for file in later],
             SET_ASIDE,
         )
+
+    def _keep_damaged(self, name: str) -> None:
+        """Rename a damaged file in whose place another one is written: something may be saved from it."""
+        if name not in self.damaged:
+            return
+        self.damaged.remove(name)
+        path, number = self.folder / (name + DAMAGED), 1
+        while path.exists():
+            path, number = self.folder / f"{name}{DAMAGED}.{number}", number + 1
+        with contextlib.suppress(FileNotFoundError):
+            (self.folder / name).replace(path)
+            _LOGGER.warning("%s is damaged, and a new checkpoint has its name: it is %s now", name, path.name)
 
     def _refusal(self) -> TrainerError:
         return TrainerError(

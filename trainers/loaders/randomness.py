@@ -1,14 +1,11 @@
-"""The randomness of loaders: generators of their own, samplers that are replayed, generators in worker processes."""
+"""The randomness of loaders: samplers that are replayed, generators in worker processes."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-
-from trainers.errors import TrainerError
+from trainers.loaders.remembered import generators_in, set_states, states_of, warn_of_strangers
 from trainers.states import RNGState, capture_rng_state, restore_rng_state, rng_to_dict
 
 
@@ -58,11 +55,19 @@ class ReplayedIterator:
 class WithWorkerRandomness:
     """A data set whose state holds the random generators of the worker process it is in.
 
-    Everything else is passed on, so that a ``worker_init_fn`` finds and changes the data set's own attributes.
+    These are the global ones, and those that the data set and ``collate_fn`` hold there. Everything else is passed on,
+    so that a ``worker_init_fn`` finds and changes the data set's own attributes.
+
+    Args:
+        dataset: The data set.
+        collate_fn: Of the same loader.
+        name: Of the loader, for messages.
     """
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: Any, collate_fn: Any = None, name: str = "loader") -> None:
         object.__setattr__(self, "_dataset", dataset)
+        # In one attribute: the data set's own attributes of that name would be hidden.
+        object.__setattr__(self, "_of_loader", (collate_fn, name))
 
     def __getitem__(self, index: Any) -> Any:
         return self._dataset[index]
@@ -71,7 +76,7 @@ class WithWorkerRandomness:
         return len(self._dataset)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_dataset":
+        if name in ("_dataset", "_of_loader"):
             # A copy that is being unpickled has nothing to pass it on to yet.
             raise AttributeError(name)
         return getattr(self._dataset, name)
@@ -80,71 +85,31 @@ class WithWorkerRandomness:
         setattr(self._dataset, name, value)
 
     def __getstate__(self) -> Any:
-        return self._dataset
+        return self._dataset, *self._of_loader
 
-    def __setstate__(self, dataset: Any) -> None:
-        object.__setattr__(self, "_dataset", dataset)
+    def __setstate__(self, state: Any) -> None:
+        WithWorkerRandomness.__init__(self, *state)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the data set's own state and that of the generators."""
         own = self._dataset.state_dict() if hasattr(self._dataset, "state_dict") else None
-        return {"dataset": own, "rng": rng_to_dict(capture_rng_state())}
+        return {
+            "dataset": own,
+            "rng": rng_to_dict(capture_rng_state()),
+            "generators": states_of(generators_in(self._parts())),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
         if state["dataset"] is not None:
             self._dataset.load_state_dict(state["dataset"])
         restore_rng_state(RNGState(**state["rng"]))
+        # Checkpoints of earlier versions have none.
+        found, states = generators_in(self._parts()), state.get("generators")
+        if states is not None:
+            name = f"{self._of_loader[1]}, in a worker process"
+            set_states(name, found, states)
+            warn_of_strangers(name, found, states)
 
-
-Generator = torch.Generator | random.Random
-
-
-def generators_of(loader: Any) -> list[Generator]:
-    """The generators that a loader and its samplers draw from, each once."""
-    holders = [loader]
-    for name in ("batch_sampler", "sampler"):
-        holders.extend(getattr(holder, name, None) for holder in list(holders))
-    found: dict[int, Generator] = {}
-    for holder in holders:
-        for value in vars(holder).values() if hasattr(holder, "__dict__") else ():
-            if isinstance(value, (torch.Generator, random.Random)):
-                found[id(value)] = value
-    return list(found.values())
-
-
-def generator_states(generators: Sequence[Generator]) -> list[Any]:
-    """Return the generators' states as plain data."""
-    return [
-        generator.get_state() if isinstance(generator, torch.Generator) else _as_lists(generator.getstate())
-        for generator in generators
-    ]
-
-
-def _as_lists(state: tuple[Any, ...]) -> list[Any]:
-    version, internal, gauss = state
-    return [version, list(internal), gauss]
-
-
-def set_generators(name: str, generators: Sequence[Generator], states: Sequence[Any]) -> None:
-    """Put generators to where they were.
-
-    Args:
-        name: Of the loader, for errors.
-        generators: Of the loader.
-        states: From `generator_states`.
-
-    Raises:
-        TrainerError: Another number of generators.
-    """
-    if len(generators) != len(states):
-        raise TrainerError(
-            f"{name} at resume",
-            received=f"a loader with {len(generators)} random generators of its own",
-            expected=f"{len(states)}, as in the run that is continued",
-        )
-    for generator, state in zip(generators, states, strict=True):
-        if isinstance(generator, torch.Generator):
-            generator.set_state(state)
-        else:
-            generator.setstate((state[0], tuple(state[1]), state[2]))
+    def _parts(self) -> dict[str, Any]:
+        return {"dataset": self._dataset, "collate_fn": self._of_loader[0]}

@@ -12,6 +12,9 @@ The order of the rest of an epoch follows from the random generators at the epoc
 point, the loader is brought to its place, and the caller puts the generators to where they were at the save. Samplers
 that draw one seed or one permutation per epoch, as torch's do, come out exactly. A sampler that draws from the global
 generators at every index, between the draws of the model, needs a generator of its own.
+
+Generators that the samplers, the data set and ``collate_fn`` hold, torch's, numpy's and Python's, are found and put
+back as well, in worker processes too; so are counters of epochs (see `trainers.loaders.remembered`).
 """
 
 from __future__ import annotations
@@ -28,14 +31,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from mb_torch import MissingPackage
 from trainers.errors import TrainerError
 from trainers.loaders.processes import WorkerStart, safe_context, signals_kept
-from trainers.loaders.randomness import (
-    Generator,
-    ReplayedSampler,
-    WithWorkerRandomness,
-    generator_states,
-    generators_of,
-    set_generators,
-)
+from trainers.loaders.randomness import ReplayedSampler, WithWorkerRandomness
+from trainers.loaders.remembered import Remembered
 from trainers.states import RNGState, restore_rng_state
 
 _LOGGER = logging.getLogger(__name__)
@@ -162,8 +159,7 @@ class _SkippingLoader:
         self._loader = loader
         self._name = name
         self._context = context
-        self._generators = generators_of(loader)
-        self._at_start = generator_states(self._generators)
+        self._remembered = Remembered(loader, name)
         self._samplers_by_epoch = _samplers_by_epoch(loader)
 
     def __len__(self) -> int:
@@ -174,7 +170,7 @@ class _SkippingLoader:
             sampler.set_epoch(epoch)
 
     def start(self) -> Iterator[Any]:
-        self._at_start = generator_states(self._generators)
+        self._remembered.note_start()
         if not isinstance(self._loader, DataLoader) or not self._loader.num_workers:
             return iter(self._loader)
         begin = WorkerStart(self._loader.worker_init_fn)
@@ -185,14 +181,13 @@ class _SkippingLoader:
         return {
             "kind": "skipping",
             "batches_of": _batches_of(self._loader),
-            "generators": generator_states(self._generators),
-            "generators_at_start": self._at_start,
+            **self._remembered.state_dict(),
         }
 
     def resume(self, state: Mapping[str, Any], start_rng: RNGState | None, batch_idx: int) -> Iterator[Any]:
         _check_kind(self._name, state, "skipping")
         _check_batches(self._name, state, self._loader)
-        set_generators(self._name, self._generators, state["generators_at_start"])
+        self._remembered.restore(state["generators_at_start"])
         if start_rng is not None:
             restore_rng_state(start_rng)
         iterator = self.start()
@@ -201,11 +196,13 @@ class _SkippingLoader:
             raise TrainerError(
                 f"{self._name} at resume", received=f"{skipped} batches", expected=f"at least {batch_idx}"
             )
+        # Workers have drawn from the samplers ahead of the batches.
+        self._remembered.restore(state["generators"], with_samplers=not getattr(self._loader, "num_workers", 0))
         return iterator
 
     def restore_generators(self, state: Mapping[str, Any]) -> None:
-        if _is_same_loader(self._name, state, "skipping", self._generators):
-            set_generators(self._name, self._generators, state["generators"])
+        if _is_same_loader(self._name, state, "skipping", self._remembered):
+            self._remembered.restore(state["generators"])
 
     def close(self) -> None:
         """The workers go with the iterator, which the loop alone holds."""
@@ -217,8 +214,7 @@ class _StatefulLoader:
     def __init__(self, loader: DataLoader[Any], stateful_class: Any, context: Any, name: str) -> None:
         self._name = name
         self._given = loader
-        self._generators = generators_of(loader)
-        self._at_start = generator_states(self._generators)
+        self._remembered = Remembered(loader, name)
         self._samplers_by_epoch = _samplers_by_epoch(loader)
         self._num_workers = loader.num_workers
         self._dataset: Any = loader.dataset
@@ -227,9 +223,12 @@ class _StatefulLoader:
         self._loader = _rebuilt(
             loader,
             stateful_class,
+            name,
             multiprocessing_context=context,
             worker_init_fn=self._worker_start if loader.num_workers else loader.worker_init_fn,
         )
+        if loader.num_workers and isinstance(loader.dataset, IterableDataset):
+            self._warn_of_workers()
         self._is_running = False
         self._last_state: dict[str, Any] | None = None
 
@@ -241,7 +240,7 @@ class _StatefulLoader:
             sampler.set_epoch(epoch)
 
     def start(self) -> Iterator[Any]:
-        self._at_start = generator_states(self._generators)
+        self._remembered.note_start()
         self._is_running = True
         if not self._num_workers:
             return iter(self._loader)
@@ -259,8 +258,7 @@ class _StatefulLoader:
             "loader": self._loader.state_dict() if self._is_running else None,
             # In workers a data set's state begins anew with every epoch.
             "dataset": None if self._num_workers or not self._has_state else self._dataset.state_dict(),
-            "generators": generator_states(self._generators),
-            "generators_at_start": self._at_start,
+            **self._remembered.state_dict(),
         }
 
     def resume(self, state: Mapping[str, Any], start_rng: RNGState | None, batch_idx: int) -> Iterator[Any]:
@@ -273,18 +271,33 @@ class _StatefulLoader:
                 fix="Change the number of workers between epochs only.",
             )
         _check_batches(self._name, state, self._given)
-        set_generators(self._name, self._generators, state["generators_at_start"])
+        self._remembered.restore(state["generators_at_start"])
         if start_rng is not None:
             restore_rng_state(start_rng)
         self._loader.load_state_dict(state["loader"])
-        return self.start()
+        batches = self.start()
+        # Workers have drawn from the samplers ahead of the batches.
+        self._remembered.restore(state["generators"], with_samplers=not self._num_workers)
+        return batches
 
     def restore_generators(self, state: Mapping[str, Any]) -> None:
-        if not _is_same_loader(self._name, state, "stateful", self._generators):
+        if not _is_same_loader(self._name, state, "stateful", self._remembered):
             return
-        set_generators(self._name, self._generators, state["generators"])
+        self._remembered.restore(state["generators"])
         if state["dataset"] is not None and self._has_state:
             self._dataset.load_state_dict(state["dataset"])
+
+    def _warn_of_workers(self) -> None:
+        """The state of a stream is its own affair; that of a function is nobody's."""
+        unsaved = [path for path in self._remembered.outside_samplers() if not path.startswith("dataset")]
+        if unsaved:
+            _LOGGER.warning(
+                "%s: the random generators %s are drawn from in worker processes, where their states cannot be saved, "
+                "so a run that is resumed within an epoch will see other samples than an uninterrupted one. Keep them "
+                "in the data set and its state_dict(), or use num_workers=0",
+                self._name,
+                unsaved,
+            )
 
     def close(self) -> None:
         self._last_state = self.state_dict()
@@ -303,15 +316,15 @@ def _changed(loader: DataLoader[Any], context: Any, begin: WorkerStart) -> Itera
         loader.multiprocessing_context, loader.worker_init_fn = before
 
 
-def _rebuilt(loader: DataLoader[Any], stateful_class: Any, **changed: Any) -> Any:
+def _rebuilt(loader: DataLoader[Any], stateful_class: Any, name: str, **changed: Any) -> Any:
     """The same loader with a state; without persistent workers, which would keep the state of an earlier epoch."""
     # torchdata 0.11 calls a function that torch deprecated later.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated", category=UserWarning)
-        return _stateful(loader, stateful_class, changed)
+        return _stateful(loader, stateful_class, name, changed)
 
 
-def _stateful(loader: DataLoader[Any], stateful_class: Any, changed: Mapping[str, Any]) -> Any:
+def _stateful(loader: DataLoader[Any], stateful_class: Any, name: str, changed: Mapping[str, Any]) -> Any:
     arguments: dict[str, Any] = {
         "num_workers": loader.num_workers,
         "collate_fn": loader.collate_fn,
@@ -327,7 +340,9 @@ def _stateful(loader: DataLoader[Any], stateful_class: Any, changed: Mapping[str
         arguments["snapshot_every_n_steps"] = _BATCHES_PER_SNAPSHOT
     if isinstance(loader.dataset, IterableDataset):
         return stateful_class(loader.dataset, loader.batch_size, drop_last=loader.drop_last, **arguments)
-    dataset: Any = WithWorkerRandomness(loader.dataset) if loader.num_workers else loader.dataset
+    dataset: Any = loader.dataset
+    if loader.num_workers:
+        dataset = WithWorkerRandomness(dataset, loader.collate_fn, name)
     if loader.batch_sampler is not None:
         return stateful_class(dataset, batch_sampler=ReplayedSampler(loader.batch_sampler), **arguments)
     return stateful_class(dataset, batch_size=None, sampler=ReplayedSampler(loader.sampler), **arguments)
@@ -395,9 +410,9 @@ def _samplers_by_epoch(loader: Any) -> list[Any]:
     return list({id(sampler): sampler for sampler in samplers if hasattr(sampler, "set_epoch")}.values())
 
 
-def _is_same_loader(name: str, state: Mapping[str, Any], kind: str, generators: Sequence[Generator]) -> bool:
+def _is_same_loader(name: str, state: Mapping[str, Any], kind: str, remembered: Remembered) -> bool:
     """Whether a state fits; between epochs another loader may take over, with an order of its own."""
-    is_same = state["kind"] == kind and len(state["generators"]) == len(generators)
+    is_same = state["kind"] == kind and remembered.has_same_samplers(state["generators"])
     if not is_same:
         _LOGGER.warning("%s is another loader than before: its order is not that of an uninterrupted run", name)
     return is_same

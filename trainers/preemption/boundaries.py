@@ -34,22 +34,29 @@ class Boundaries:
         """Start counting the minutes to the next save."""
         self._last_save = time.monotonic()
 
-    def leave_if_asked(self) -> None:
+    def leave_if_asked(self, *, is_busy: bool = False) -> bool:
         """Save and leave if a signal has come, on all ranks alike; ``stop_training`` of one rank stops all.
+
+        Args:
+            is_busy: Whether this process may have more to do before the ranks meet again.
+
+        Returns:
+            Whether any process is busy.
 
         Raises:
             Preempted: After a signal.
             KeyboardInterrupt: After Ctrl-C.
         """
         flags, stops = self.trainer.signal_flags, bool(self.trainer.stop_training)
-        asked = [int(flags.interrupted), int(bool(flags.received)), int(stops)]
-        interrupted, requested, stopped = agreed(asked, self._device)
+        asked = [int(flags.interrupted), int(bool(flags.received)), int(stops), int(is_busy)]
+        interrupted, requested, stopped, busy = agreed(asked, self._device)
         self.trainer.stop_training = bool(stopped)
         if interrupted:
             self.trainer.save_checkpoint(emergency=True)
             raise KeyboardInterrupt("the run was saved and can be resumed")
         if requested and self._handle_preemption():
             raise Preempted
+        return bool(busy)
 
     def minutes_are_over(self) -> bool:
         """Whether it is time for the next save, on all ranks alike."""
@@ -77,9 +84,10 @@ class Boundaries:
         if is_saving and agreed([int(not trainer.is_saved_here())], self._device)[0]:
             trainer.save_checkpoint(emergency=True)
         trainer.requeued = bool(agreed([int(decision.carry_out())], self._device)[0])
-        if not trainer.requeued and counts:
-            # Nobody will start the job again, so the file must not say so.
-            trainer.preemption_count -= counts
+        # Where nobody will start the job again, or Slurm has answered after the save, the file must not say otherwise.
+        (right_counts,) = agreed([decision.counts if trainer.requeued else 0], self._device)
+        if right_counts != counts:
+            trainer.preemption_count += right_counts - counts
             if is_saving:
                 trainer.save_checkpoint(emergency=True)
         trainer.preempted = bool(leaves_run)

@@ -17,6 +17,8 @@ from trainers.ranks import is_first_of_job
 from trainers.settings import GenericTrainerConfig
 
 _LOGGER = logging.getLogger(__name__)
+# How long Slurm may take to answer before the save; what is left of the job may be short.
+_SECONDS_BEFORE_THE_SAVE = 3.0
 
 
 class RequeueDecision:
@@ -30,7 +32,8 @@ class RequeueDecision:
 
     Attributes:
         counts: 1 in the job's first process if the requeue counts against ``max_preemptions``, else 0. One at the time
-            limit does not where the run has advanced: such a run comes to its end.
+            limit does not where the run has advanced: such a run comes to its end. What Slurm says of that too late for
+            the save is known after `carry_out`.
         leaves_run: Whether the run is to be left.
 
     Example:
@@ -49,9 +52,12 @@ class RequeueDecision:
         self.leaves_run = not self._is_used_up or config.preemption.exit_on_max_preemptions
         self.counts = int(self._is_wanted and not self._is_used_up and is_first_of_job())
         self._limit = config.max_preemptions
+        self._is_to_be_asked_again = False
         if self.counts and self._is_certain and has_advanced:
             assert self._job_id is not None
-            self.counts = int(not is_at_its_time_limit(job_facts(self._job_id)))
+            facts = job_facts(self._job_id, seconds=_SECONDS_BEFORE_THE_SAVE)
+            self.counts = int(not is_at_its_time_limit(facts))
+            self._is_to_be_asked_again = not facts
 
     def carry_out(self) -> bool:
         """Requeue the job if that was decided; once, by the job's first process.
@@ -70,4 +76,6 @@ class RequeueDecision:
         if self._may_be_cancelled and not is_being_preempted(job_facts(self._job_id)):
             _LOGGER.info("SIGTERM without a preemption: job %s was cancelled and is not requeued", self._job_id)
             return False
+        if self._is_to_be_asked_again:
+            self.counts = int(not is_at_its_time_limit(job_facts(self._job_id)))
         return requeue(self._job_id)

@@ -99,16 +99,17 @@ def slurm_job_id() -> str | None:
     return os.environ.get("SLURM_JOB_ID") or None
 
 
-def job_facts(job_id: str) -> dict[str, str]:
+def job_facts(job_id: str, seconds: float = _SCONTROL_SECONDS) -> dict[str, str]:
     """Ask ``scontrol show job -o`` once.
 
     Args:
         job_id: Of the job.
+        seconds: How long Slurm may take to answer.
 
     Returns:
         Its ``Key=Value`` pairs; empty if Slurm did not answer, which is logged.
     """
-    answer = _scontrol("show", "job", "-o", job_id)
+    answer = _scontrol("show", "job", "-o", job_id, seconds=seconds)
     return dict(pair.split("=", 1) for pair in (answer or "").split() if "=" in pair)
 
 
@@ -162,11 +163,11 @@ def requeue(job_id: str) -> bool:
     return True
 
 
-def _scontrol(*arguments: str) -> str | None:
+def _scontrol(*arguments: str, seconds: float = _SCONTROL_SECONDS) -> str | None:
     """Standard output of scontrol, or None with an error in the log."""
     command = ["scontrol", *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SCONTROL_SECONDS, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         _LOGGER.error("%s: %s", " ".join(command), error)
         return None

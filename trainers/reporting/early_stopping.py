@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from trainers.errors import TrainerError
 
+_LOGGER = logging.getLogger(__name__)
 _DIVERGED = "its loss was"
 
 
@@ -79,8 +81,7 @@ class EarlyStopping:
                 self._best[model], self._waited[model] = value, 0
                 continue
             self._waited[model] += 1
-            patience = self._patiences[model]
-            if patience is not None and self._waited[model] >= patience:
+            if self._is_over(model, self._waited[model]):
                 self.stopped[model] = f"no improvement on {self._best[model]} in {self._waited[model]} validations"
                 newly.append(model)
         return newly
@@ -121,8 +122,26 @@ class EarlyStopping:
             "diverged": sorted(self.diverged),
         }
 
+    def revived(self, state: Mapping[str, Any]) -> list[int]:
+        """Return the models that were stopped in a state, and would not have been with the patience of now.
+
+        Args:
+            state: From `state_dict`.
+
+        Example:
+            >>> state = {"best": [0.5, 0.5], "waited": [2, 3], "stopped": {0: "why", 1: "why"}, "diverged": [1]}
+            >>> EarlyStopping([3, 4], "min").revived(state)
+            [0]
+        """
+        diverged = diverged_models(state)
+        return [
+            model
+            for model in state["stopped"]
+            if model not in diverged and not self._is_over(model, state["waited"][model])
+        ]
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state.
+        """Go on from a state; models are trained again where the patience was raised since.
 
         Args:
             state: From `state_dict`.
@@ -135,7 +154,19 @@ class EarlyStopping:
                 "early stopping at resume", received=f"{len(self._best)} models", expected=f"{len(state['best'])}"
             )
         self._best, self._waited = list(state["best"]), list(state["waited"])
-        self.stopped, self.diverged = dict(state["stopped"]), set(diverged_models(state))
+        revived = self.revived(state)
+        if revived and len(self._best) > 1:
+            _LOGGER.warning(
+                "the patience was raised: models %s are trained again, from the weights with which they were stopped. "
+                "Those that were stopped before the others have missed the epochs between",
+                revived,
+            )
+        self.stopped = {model: reason for model, reason in state["stopped"].items() if model not in revived}
+        self.diverged = set(diverged_models(state))
+
+    def _is_over(self, model: int, waited: int) -> bool:
+        patience = self._patiences[model] if model < len(self._patiences) else None
+        return patience is not None and waited >= patience
 
     def _is_better(self, value: float, best: float | None) -> bool:
         if math.isnan(value):

@@ -159,7 +159,7 @@ def test_no_requeue_before_the_file_is_there(monkeypatch: pytest.MonkeyPatch, tm
 
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setattr("trainers.preemption.requeueing.requeue", requeue)
-    monkeypatch.setattr("trainers.preemption.requeueing.job_facts", lambda job_id: {})
+    monkeypatch.setattr("trainers.preemption.requeueing.job_facts", lambda job_id, **named: {})
     monkeypatch.setattr(store, "write_checkpoint", slow)
     _fit(_trainer(tmp_path, lambda: None))
     assert seen == [["epoch_000_step_000002.ckpt"]]

@@ -291,14 +291,28 @@ def test_hostile_pickle_in_a_torch_file_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "executed").exists()
 
 
-def test_all_damaged_starts_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    run(tmp_path, max_epochs=1)
-    path = tmp_path / "epoch_000_step_000004.ckpt"
-    data = bytearray(path.read_bytes())
-    data[data.rindex(torch.load(path)["model_state_dict"]["0.weight"].numpy().tobytes())] ^= 1
-    path.write_bytes(data)
-    assert len(run(tmp_path, max_epochs=1).notes["samples"]) == 4
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_all_damaged_starts_anew(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, other = tmp_path / "epoch_000_step_000004.ckpt", tmp_path / "of_another_tool.ckpt"
+
+    def train() -> bytes:
+        run(tmp_path, max_epochs=1)
+        data = bytearray(path.read_bytes())
+        data[data.rindex(torch.load(path)["model_state_dict"]["0.weight"].numpy().tobytes())] ^= 1
+        path.write_bytes(data if damage == "flipped" else data[:-200])
+        return path.read_bytes()
+
+    other.write_bytes(b"something")
+    damaged = [train(), train()]
+    assert len(run(tmp_path, max_epochs=1, save_top_k=1).notes["samples"]) == 4
     assert "starts from the beginning" in caplog.text
+    assert "['epoch_000_step_000004.ckpt', 'of_another_tool.ckpt']" in caplog.text
+    assert "epoch_000_step_000004.ckpt is damaged, and a new checkpoint has its name" in caplog.text
+    # What may be saved from a damaged file is not lost, and a name that is not needed is left to it.
+    kept = [path.with_name(path.name + ".damaged"), path.with_name(path.name + ".damaged.1")]
+    assert [file.read_bytes() for file in kept] == damaged
+    assert other.read_bytes() == b"something"
+    assert read_checkpoint(path)["global_step"] == 4
 
 
 @pytest.mark.parametrize(

@@ -70,14 +70,16 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return cluster
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP])
 def test_every_signal_saves_and_stops(number: signal.Signals, tmp_path: Path) -> None:
     class Own(Signalled):
         pass
 
     Own.number = number
     notes: dict[str, Any] = {}
-    first = run(tmp_path, trainer_class=Own, stop_at=1, notes=notes)
+    # Whoever wants it may have a terminal that is closed save the run as well.
+    settings = {"signals": ["SIGHUP"], "requeue_signals": []} if number is signal.SIGHUP else {}
+    first = run(tmp_path, trainer_class=Own, stop_at=1, notes=notes, **settings)
     assert (first.preempted, first.requeued, first.global_step) == (True, False, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch_000_step_000002.ckpt", "latest.ckpt"]
     assert len(run(tmp_path, notes=notes).notes["samples"]) == 12
@@ -247,6 +249,23 @@ def test_time_limits_do_not_count_where_the_run_advances(slurm: Any, tmp_path: P
     for stop_at in (1, 3, 6):
         trainer = run(tmp_path / "run", trainer_class=Signalled, notes=notes, stop_at=stop_at, max_preemptions=1)
         assert (trainer.requeued, trainer.preemption_count) == (True, 0)
+
+
+def test_a_slow_slurm_is_not_waited_for_before_the_save(
+    slurm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers after the save, which is then put right."""
+    monkeypatch.setattr("trainers.preemption.requeueing._SECONDS_BEFORE_THE_SAVE", 0.2)
+    saved = tmp_path / "run" / "latest.ckpt"
+    script = tmp_path / "bin" / "scontrol"
+    script.write_text(
+        f'#!/bin/sh\necho "$*" >> {slurm.calls_file}\n[ "$1" = requeue ] || [ -e {saved} ] || exec sleep 60\n'
+        f'echo "{AT_THE_LIMIT}"\n'
+    )
+    trainer = run(tmp_path / "run", trainer_class=Signalled, stop_at=1)
+    assert slurm.calls == ["show job -o 7", "show job -o 7", "requeue 7"]
+    assert (trainer.preempted, trainer.requeued, trainer.preemption_count) == (True, True, 0)
+    assert read_checkpoint(saved)["preemption_count"] == 0
 
 
 @pytest.mark.parametrize("missing", [True, False])

@@ -204,6 +204,42 @@ def test_raised_bounds_go_on(bound: dict[str, int], loader: str, tmp_path: Path)
     assert_identical(resumed, whole)
 
 
+@pytest.mark.parametrize("low", [{"max_epochs": 1}, {"max_epochs": 2}, {"max_steps": 5}], ids=str)
+def test_lowered_bounds_lose_nothing(low: dict[str, int], tmp_path: Path) -> None:
+    """A run that was stopped within an epoch goes on from there once they are raised again."""
+    whole = final_state(run(tmp_path / "whole"))
+    for event in (7, 10, 11):
+        notes: dict[str, Any] = {}
+        run(tmp_path / str(event), notes=notes, stop_at=event)
+        for settings in (low, low, {}):
+            trainer = run(tmp_path / str(event), notes=notes, **settings)
+        assert_identical(final_state(trainer), whole, f"stopped at event {event}: ")
+
+
+@pytest.mark.parametrize("kind", ["single", "batch"])
+@pytest.mark.parametrize("patience", [3, None])
+def test_raised_patience_goes_on(
+    kind: str, patience: int | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Worse(Recorder):
+        def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+            loss = super().validation_step(batch, batch_idx)["loss"]
+            return {"loss": loss.detach() * 0 + self.current_epoch}
+
+    def fit(name: str, patience: int | None, notes: dict[str, Any]) -> Recorder:
+        settings = {"early_stopping_patience": patience, "max_epochs": 6}
+        return run(tmp_path / name, kind, notes=notes, trainer_class=Worse, **settings)
+
+    whole = fit("whole", patience, {})
+    assert whole.global_step == (24 if patience is None else 16)
+    notes: dict[str, Any] = {}
+    assert fit("stopped", 2, notes).global_step == 12
+    assert fit("stopped", 2, notes).global_step == 12
+    assert fit("stopped", 1, notes).global_step == 12
+    assert_identical(final_state(fit("stopped", patience, notes)), final_state(whole))
+    assert ("models [0, 1, 2] are trained again" in caplog.text) == (kind == "batch")
+
+
 def test_auto_resume_off_starts_again(tmp_path: Path) -> None:
     whole = final_state(run(tmp_path))
     again = run(tmp_path, auto_resume=False)

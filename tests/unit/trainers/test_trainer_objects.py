@@ -1,0 +1,103 @@
+"""A checkpoint is loaded into model, optimizer and schedulers like those that wrote it, or changes none of them."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import ConstantLR, ExponentialLR, SequentialLR, StepLR
+
+from mb_torch import ModelBatch, OptimizerFactory
+from tests.training_runs import assert_identical, make_loader, make_objects, run
+from trainers.errors import TrainerError
+from trainers.generic import GenericTrainer
+from trainers.settings import GenericTrainerConfig
+from trainers.states import capture_rng_state, rng_to_dict
+
+
+@pytest.mark.parametrize("kind", ["single", "batch"])
+@pytest.mark.parametrize("changed", ["model", "names", "optimizer", "scheduler", "nested", "schedulers"])
+def test_other_objects_are_refused_and_left_as_they_were(changed: str, kind: str, tmp_path: Path) -> None:
+    def fit(changed: str | None, load: bool = False) -> GenericTrainer:
+        torch.manual_seed(0)
+        wide = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+        makers = {"model": lambda: nn.Linear(3, 1, bias=False), "names": lambda: wide}
+        make = makers.get(changed or "", lambda: nn.Linear(3, 1))
+        model: Any = make() if kind == "single" else ModelBatch([make() for _ in range(2)])
+        optimizer_class = torch.optim.AdamW if changed == "optimizer" else torch.optim.Adam
+        optimizer: Any = optimizer_class(model.parameters(), lr=0.1)
+        if kind == "batch":
+            optimizer = OptimizerFactory(optimizer_class).create_optimizer(model, [{"lr": 0.1}] * 2)
+        last: Any = ExponentialLR(optimizer, 0.5) if changed == "nested" else StepLR(optimizer, 1)
+        scheduler: Any = SequentialLR(optimizer, [ConstantLR(optimizer), last], [1])
+        scheduler = {"scheduler": StepLR(optimizer, 1), "schedulers": [scheduler] * 2}.get(changed or "", scheduler)
+        config = GenericTrainerConfig(checkpoint_dir=str(tmp_path), max_epochs=2 if changed is None else 3)
+        trainer = GenericTrainer(config, loss_fn=nn.functional.mse_loss)
+        trainer.model, trainer.optimizer, trainer.scheduler = model, optimizer, scheduler
+        if changed is None:
+            trainer.fit(model, optimizer, make_loader("list"), None, scheduler)
+            return trainer
+        before = copy.deepcopy(_objects_of(trainer))
+        start = trainer.load_checkpoint if load else trainer.fit
+        with pytest.raises(TrainerError) as caught:
+            start(*([] if load else [model, optimizer, make_loader("list"), None, scheduler]))
+        messages.append(str(caught.value))
+        assert_identical(_objects_of(trainer), before)
+        return trainer
+
+    messages: list[str] = []
+    fit(None)
+    fit(changed)
+    fit(changed, load=True)
+    expected = {
+        "model": "epoch_001_step_000008.ckpt does not fit: received a",
+        "names": "epoch_001_step_000008.ckpt does not fit: received a",
+        "optimizer": r"epoch_001_step_000008.ckpt: received AdamW; expected Adam, as in the run",
+        "scheduler": r"received \['StepLR'\]; expected \['SequentialLR\(ConstantLR, StepLR\)'\]",
+        "nested": r"received \['SequentialLR\(ConstantLR, ExponentialLR\)'\]; expected",
+        "schedulers": "schedulers at resume: received 2; expected 1",
+    }[changed]
+    assert len(messages) == 2
+    for message in messages:
+        assert re.search(expected, message)
+
+
+def _objects_of(trainer: GenericTrainer) -> dict[str, Any]:
+    schedulers = trainer.scheduler if isinstance(trainer.scheduler, list) else [trainer.scheduler]
+    return {
+        "model": dict(trainer.model.state_dict()),
+        "optimizer": trainer.optimizer.state_dict(),
+        "schedulers": [
+            {key: value for key, value in scheduler.state_dict().items() if key != "_schedulers"}
+            for scheduler in schedulers
+        ],
+        "rng": rng_to_dict(capture_rng_state()),
+    }
+
+
+def test_after_a_load_that_failed_the_same_checkpoint_is_loaded(tmp_path: Path) -> None:
+    run(tmp_path, save_top_k=-1)
+    trainer = GenericTrainer(
+        GenericTrainerConfig(checkpoint_dir=str(tmp_path / "new"), max_epochs=1), loss_fn=nn.functional.mse_loss
+    )
+    trainer.load_checkpoint(tmp_path / "epoch_000_step_000004.ckpt")
+    wrong = nn.Linear(3, 1)
+    with pytest.raises(TrainerError, match="schedulers at resume"):
+        trainer.fit(wrong, torch.optim.Adam(wrong.parameters()), make_loader("list"))
+    model, optimizer, scheduler = make_objects("single")
+    trainer.fit(model, optimizer, make_loader("shuffled"), make_loader("list")[:2], scheduler)
+    assert trainer.global_step == 4
+
+
+def test_checkpoints_that_do_not_say_the_classes(tmp_path: Path) -> None:
+    run(tmp_path, max_epochs=1)
+    path = tmp_path / "epoch_000_step_000004.ckpt"
+    content = torch.load(path)
+    del content["classes"]
+    torch.save(content, path)
+    assert run(tmp_path, max_epochs=2).global_step == 8

@@ -1,0 +1,138 @@
+"""Processes of one run that differ, or fail alone, end together: none waits for the others for ever."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed, nn
+
+from tests.training_runs import Recorder, make_loader
+from trainers.config.schema import LoggingConfig
+from trainers.errors import TrainerError
+from trainers.ranks import failing_together, rank
+from trainers.settings import GenericTrainerConfig
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two processes have seen, by rank."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(_rank, (str(folder),), nprocs=2)
+    return [json.loads((folder / f"{number}.json").read_text()) for number in range(2)]
+
+
+def test_validations_of_different_lengths(outcomes: list[dict[str, Any]]) -> None:
+    for number, own in enumerate(outcomes):
+        assert own["whole"] == [[epoch, batch] for epoch in range(2) for batch in range(1 + 2 * number)]
+        assert own["steps"] == 8
+    assert outcomes[0]["logs"] == outcomes[1]["logs"]
+
+
+def test_validations_of_different_lengths_are_resumed(outcomes: list[dict[str, Any]]) -> None:
+    """Stopped when one of the ranks has no batch left."""
+    for own in outcomes:
+        assert own["left"] == [True, False]
+        assert own["resumed"] == own["whole"]
+        assert own["resumed_logs"] == own["logs"]
+
+
+@pytest.mark.parametrize(
+    ("case", "first", "second"),
+    [
+        ("loggers", "TrainerError", "OtherRankFailed: rank 0 failed"),
+        ("loader", "OtherRankFailed: rank 1 failed", "TrainerError: train_loader: received a int"),
+        ("architecture", "OtherRankFailed: rank 1 failed", "TrainerError: the checkpoint"),
+        ("val_loader", "TrainerError: fit: val_loader: received one on the ranks [0] of 2", None),
+        ("batches", "TrainerError: fit: train_loader: received [4, 3] optimizer steps", None),
+        ("checkpoints", "received rank 0 from the beginning, rank 1 from step 4; expected the same one", None),
+    ],
+)
+def test_errors_are_shared(case: str, first: str, second: str | None, outcomes: list[dict[str, Any]]) -> None:
+    assert first in outcomes[0][case]
+    assert (second or first) in outcomes[1][case]
+
+
+def test_where_nobody_fails() -> None:
+    with failing_together():
+        pass
+    with pytest.raises(ZeroDivisionError), failing_together():
+        raise ZeroDivisionError
+
+
+class Noting(Recorder):
+    """Notes the batches that it validates; one rank may ask to stop in the second epoch."""
+
+    asks = False
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        self.notes.setdefault("seen", []).append([self.current_epoch, batch_idx])
+        if self.asks and rank() == 1 and (self.current_epoch, batch_idx) == (1, 1):
+            self.request_preemption()
+        return {"loss": float(batch[0].sum())}
+
+
+def _rank(number: int, folder: str) -> None:
+    """One of two processes."""
+    torch.set_num_threads(1)
+    place, timeout = f"file://{folder}/rendezvous", datetime.timedelta(seconds=20)
+    distributed.init_process_group("gloo", rank=number, world_size=2, init_method=place, timeout=timeout)
+    batches = make_loader("list")
+    noted: dict[str, Any] = {}
+
+    def fit(
+        name: str,
+        train: Any = batches,
+        val: Any = None,
+        notes: dict[str, Any] | None = None,
+        prepare: Callable[[Noting], None] = lambda trainer: None,
+        width: int = 1,
+        **settings: Any,
+    ) -> Noting:
+        torch.manual_seed(0)
+        model = nn.Linear(3, width)
+        config = GenericTrainerConfig(checkpoint_dir=f"{folder}/{name}", max_epochs=2, **settings)
+        trainer = Noting(config, {} if notes is None else notes)
+        prepare(trainer)
+        trainer.fit(model, torch.optim.SGD(model.parameters(), 0.01), train, val)
+        return trainer
+
+    def failure(name: str, **options: Any) -> None:
+        try:
+            fit(name, **options)
+            noted[name] = "none"
+        except TrainerError as error:
+            noted[name] = f"{type(error).__name__}: {error}"
+
+    def ask(trainer: Noting) -> None:
+        trainer.asks = True
+
+    val = batches[: 1 + 2 * number]
+    trainer = fit("whole", val=val)
+    noted |= {"whole": trainer.notes["seen"], "steps": trainer.global_step, "logs": trainer.logs}
+    notes: dict[str, Any] = {}
+    stopped = fit("stopped", val=val, notes=notes, prepare=ask)
+    resumed = fit("stopped", val=val, notes=notes)
+    noted |= {"left": [stopped.preempted, resumed.preempted], "resumed": notes["seen"], "resumed_logs": resumed.logs}
+
+    Path(folder, "file").touch()
+    failure("loggers", logging=LoggingConfig(csv_log_dir=f"{folder}/file/metrics"))
+    failure("loader", train=batches if number == 0 else 5)
+    failure("val_loader", val=batches if number == 0 else None)
+    failure("batches", train=batches[: 4 - number])
+    fit("architecture", save_top_k=-1)
+    failure("architecture", width=1 + number, auto_resume=True)
+
+    def load(trainer: Noting) -> None:
+        if number == 1:
+            trainer.load_checkpoint(Path(folder, "architecture", "epoch_000_step_000004.ckpt"))
+
+    failure("checkpoints", prepare=load)
+    Path(folder, f"{number}.json").write_text(json.dumps(noted))
+    distributed.barrier()
+    distributed.destroy_process_group()

@@ -1,0 +1,245 @@
+"""Random generators and counters that the objects of a loader hold are part of a run's place."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
+
+from tests.training_runs import BATCH, ROWS, OwnLoader, Recorder, Rows, assert_identical, final_state, make_objects
+from trainers.errors import TrainerError
+from trainers.loaders.remembered import Remembered, generators_in
+from trainers.loaders.resumable import make_resumable
+from trainers.settings import GenericTrainerConfig
+
+MAKERS: dict[str, Callable[[int], Any]] = {
+    "numpy": np.random.default_rng,
+    "philox": lambda seed: np.random.Generator(np.random.Philox(seed)),
+    "legacy": np.random.RandomState,
+    "torch": lambda seed: torch.Generator().manual_seed(seed),
+    "python": random.Random,
+}
+
+
+def drawn(generator: Any) -> float:
+    if isinstance(generator, torch.Generator):
+        return float(torch.rand((), generator=generator))
+    return float(generator.random())
+
+
+class Noise:
+    """A transform with a generator of its own."""
+
+    def __init__(self, generator: Any) -> None:
+        self.generator = generator
+
+    def __call__(self, value: Tensor) -> Tensor:
+        return value + 0.1 * drawn(self.generator)
+
+
+class Noisy(Dataset):
+    """Augments by the generators of its transforms."""
+
+    def __init__(self, transforms: list[Any]) -> None:
+        self.rows = Rows()
+        self.transforms = transforms
+
+    def __len__(self) -> int:
+        return ROWS
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        inputs = self.rows.inputs[index]
+        for transform in self.transforms:
+            inputs = transform(inputs)
+        return inputs, self.rows.targets[index]
+
+
+class Lazy(Noisy):
+    """Makes its generator at its first use."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+        self.rng: Any = None
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        self.rng = np.random.default_rng(3) if self.rng is None else self.rng
+        inputs, targets = super().__getitem__(index)
+        return inputs + drawn(self.rng), targets
+
+
+class Drawing(Sampler):
+    """Draws every index anew."""
+
+    def __init__(self, generator: Any) -> None:
+        self.rng = generator
+
+    def __len__(self) -> int:
+        return ROWS
+
+    def __iter__(self) -> Iterator[int]:
+        return (int(drawn(self.rng) * ROWS) for _ in range(ROWS))
+
+
+class Counting:
+    """Another order in every epoch, by a count of its own; no class of torch."""
+
+    def __init__(self) -> None:
+        self.rounds = 0
+
+    def __len__(self) -> int:
+        return ROWS
+
+    def __iter__(self) -> Iterator[int]:
+        self.rounds += 1
+        return iter(np.random.default_rng(self.rounds).permutation(ROWS).tolist())
+
+
+class NoisyStream(IterableDataset):
+    def __init__(self) -> None:
+        self.rows = Rows()
+        self.rng = np.random.default_rng(4)
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.epoch += 1
+        for inputs, targets in zip(self.rows.inputs, self.rows.targets, strict=True):
+            yield inputs + self.epoch + drawn(self.rng), targets
+
+
+def noisy_collate(rng: Any, samples: list[Any]) -> Any:
+    inputs, targets = default_collate(samples)
+    return inputs + drawn(rng), targets
+
+
+def make_loader(kind: str, workers: int) -> Any:
+    if kind in MAKERS:
+        return DataLoader(Noisy([Noise(MAKERS[kind](7))]), BATCH, shuffle=True, num_workers=workers)
+    if kind == "collate":
+        collate = functools.partial(noisy_collate, np.random.default_rng(5))
+        return DataLoader(Rows(), BATCH, collate_fn=collate, num_workers=workers)
+    if kind == "closure":
+        rng = np.random.default_rng(5)
+        return DataLoader(Rows(), BATCH, collate_fn=lambda samples: noisy_collate(rng, samples), num_workers=workers)
+    if kind == "stream":
+        return DataLoader(NoisyStream(), BATCH, num_workers=workers)
+    if kind == "counting":
+        return DataLoader(Rows(), BATCH, sampler=Counting(), num_workers=workers)
+    rng = np.random.default_rng(6)
+    loader = OwnLoader if kind == "subclass" else DataLoader
+    data = Noisy([Noise(rng)]) if kind == "shared" else Rows()
+    return loader(data, BATCH, sampler=Drawing(rng), num_workers=workers)
+
+
+KINDS = [*MAKERS, "collate", "closure", "stream", "counting", "sampler", "shared", "subclass"]
+
+
+def fit(
+    folder: Path, loader: Any, stop_at: int | None = None, notes: dict[str, Any] | None = None, epochs: int = 2
+) -> Recorder:
+    model, optimizer, scheduler = make_objects("single")
+    config = GenericTrainerConfig(checkpoint_dir=str(folder), max_epochs=epochs)
+    trainer = Recorder(config, {} if notes is None else notes, stop_at)
+    trainer.fit(model, optimizer, loader, None, scheduler)
+    return trainer
+
+
+def check(kind: str, workers: int, events: tuple[int, ...], folder: Path) -> None:
+    whole = final_state(fit(folder / "whole", make_loader(kind, workers)))
+    for event in events:
+        notes: dict[str, Any] = {}
+        assert fit(folder / str(event), make_loader(kind, workers), event, notes).preempted
+        resumed = fit(folder / str(event), make_loader(kind, workers), None, notes)
+        assert_identical(final_state(resumed), whole, f"stopped at event {event}: ")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generators_and_counters_of_ones_own(kind: str, tmp_path: Path) -> None:
+    check(kind, 0, (1, 3, 5), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "closure", pytest.param("counting", marks=pytest.mark.long)])
+def test_in_worker_processes(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Otherwise an epoch of so few batches is drawn anew as a whole.
+    monkeypatch.setattr("trainers.loaders.resumable._BATCHES_PER_SNAPSHOT", 1)
+    check(kind, 2, (5,), tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_worker_processes_after_any_batch(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainers.loaders.resumable._BATCHES_PER_SNAPSHOT", 1)
+    check(kind, 2, tuple(range(8)), tmp_path)
+
+
+def test_a_loader_that_is_given_again_in_the_same_process(tmp_path: Path) -> None:
+    whole = final_state(fit(tmp_path / "whole", make_loader("counting", 0)))
+    notes: dict[str, Any] = {}
+    loader = make_loader("counting", 0)
+    fit(tmp_path / "stopped", loader, 1, notes)
+    assert_identical(final_state(fit(tmp_path / "stopped", loader, None, notes)), whole)
+
+
+def test_a_generator_that_is_made_later_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fit(tmp_path, DataLoader(Lazy(), BATCH), 1)
+    assert "rng" not in caplog.text
+    fit(tmp_path, DataLoader(Lazy(), BATCH))
+    assert caplog.text.count("train_loader: the random generator dataset.rng is in the checkpoint, but not there") == 1
+
+
+def test_what_cannot_be_saved_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    data = Noisy([])
+    data.order = (index for index in range(3))  # type: ignore[attr-defined]
+    make_resumable(DataLoader(data), "train_loader")
+    assert caplog.text.count("train_loader: dataset.order is a Python generator") == 1
+    caplog.clear()
+
+    class Stateful(NoisyStream):
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            """Nothing."""
+
+    collate = functools.partial(noisy_collate, np.random.default_rng(5))
+    make_resumable(DataLoader(Stateful(), BATCH, collate_fn=collate, num_workers=1), "val_loader")
+    assert "val_loader: the random generators ['collate_fn.args[0]'] are drawn from in worker" in caplog.text
+
+
+def test_a_generator_of_another_kind_is_refused(tmp_path: Path) -> None:
+    fit(tmp_path, make_loader("numpy", 0), 1)
+    with pytest.raises(TrainerError, match=r"generator dataset\.transforms\[0\]\.generator: received a Random that"):
+        fit(tmp_path, make_loader("python", 0))
+
+
+def test_checkpoints_of_earlier_versions() -> None:
+    """They have lists, of the generators of samplers alone."""
+    generator = torch.Generator().manual_seed(1)
+    loader = DataLoader(Noisy([Noise(random.Random(1))]), shuffle=True, generator=generator)
+    remembered = Remembered(loader, "train_loader")
+    before = generator.get_state()
+    torch.rand(3, generator=generator)
+    remembered.restore([before])
+    assert generator.get_state().equal(before)
+    with pytest.raises(TrainerError, match=r"\['generator'\]; expected \[\]"):
+        remembered.restore([])
+
+
+def test_global_generators_and_large_lists_are_left_out() -> None:
+    class Holder:
+        own = np.random.mtrand._rand
+
+        def __init__(self) -> None:
+            self.legacy = np.random.mtrand._rand
+            self.system = random.SystemRandom()
+            self.default = torch.default_generator
+            self.many = [random.Random(0)] * 101
+
+    assert generators_in({"dataset": Holder()}) == {}

@@ -1,0 +1,347 @@
+"""What the objects of a loader remember from batch to batch: random generators, and counters such as that of epochs.
+
+They are looked for among the attributes of samplers, data set and ``collate_fn`` whenever a position is saved or
+restored, so that those made or replaced meanwhile are found as well. Nothing is done with single batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import numbers
+import random
+from collections import deque
+from collections.abc import Iterator, Mapping
+from types import FunctionType, GeneratorType, MethodType, ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+
+from trainers.errors import TrainerError
+
+_LOGGER = logging.getLogger(__name__)
+
+Generator = torch.Generator | random.Random | np.random.Generator | np.random.RandomState
+_GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
+# Drawn from ahead of the batches where there are workers; first, so that what is shared counts as theirs.
+_OF_SAMPLERS = ("batch_sampler", "sampler", "generator")
+_PARTS = (*_OF_SAMPLERS, "dataset", "collate_fn")
+_CLOSED = (str, bytes, numbers.Number, Tensor, np.ndarray, nn.Module, ModuleType, type, type(None), logging.Logger)
+# Lists of samples are not looked through.
+_MOST_ENTRIES, _MOST_OBJECTS = 100, 5000
+
+
+class _Counter(NamedTuple):
+    owner: Any
+    attribute: str
+
+
+class Remembered:
+    """The generators and counters of a loader.
+
+    A number is taken for a counter if it has changed since the loader was given and belongs to a sampler, or has
+    "epoch" in its name.
+
+    Args:
+        loader: Any.
+        name: What it is called in messages.
+
+    Example:
+        >>> batches = DataLoader(range(4), shuffle=True, generator=torch.Generator())
+        >>> list(Remembered(batches, "train_loader").state_dict()["generators"])
+        ['generator']
+    """
+
+    def __init__(self, loader: Any, name: str) -> None:
+        self._loader = loader
+        self._name = name
+        self._first = self._counted()
+        self._at_start = self._all()
+        self._has_warned = False
+        self._warn_of_iterators()
+
+    def note_start(self) -> None:
+        """Note what is remembered at the start of an epoch."""
+        self._at_start = self._all()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is remembered now, and was at the start of the epoch, by path and as plain data."""
+        now = self._all()
+        same = [
+            path for path, value in self._first.items() if now.get(path) == value and self._at_start.get(path) == value
+        ]
+        return {
+            "generators": {path: value for path, value in now.items() if path not in same},
+            "generators_at_start": {path: value for path, value in self._at_start.items() if path not in same},
+        }
+
+    def restore(self, saved: Any, *, with_samplers: bool = True) -> None:
+        """Put everything to where it was.
+
+        Args:
+            saved: One of the two in `state_dict`.
+            with_samplers: Whether also what the samplers have.
+
+        Raises:
+            TrainerError: The samplers have other generators, or a generator is of another kind.
+        """
+        parts = self._parts()
+        found = generators_in(parts)
+        saved = _by_path(saved, found)
+        if not self.has_same_samplers(saved):
+            raise TrainerError(
+                f"{self._name} at resume",
+                received=f"samplers with the random generators {_of_samplers(found)}",
+                expected=f"{_of_samplers(_states_only(saved))}, as in the run that is continued",
+            )
+        wanted = {path: state for path, state in saved.items() if with_samplers or not _is_of_sampler(path)}
+        set_states(self._name, found, _states_only(wanted))
+        if not self._has_warned:
+            self._has_warned = warn_of_strangers(self._name, found, _states_only(wanted))
+        counters = _counters(parts)
+        for path in wanted.keys() & counters.keys():
+            owner, attribute = counters[path]
+            vars(owner)[attribute] = wanted[path]
+
+    def has_same_samplers(self, saved: Any) -> bool:
+        """Whether the samplers have the generators that they had.
+
+        Args:
+            saved: One of the two in `state_dict`.
+        """
+        found = generators_in(self._parts())
+        return _of_samplers(_states_only(_by_path(saved, found))) == _of_samplers(found)
+
+    def outside_samplers(self) -> list[str]:
+        """Return the paths of generators that workers draw from, if there are any."""
+        return [path for path in generators_in(self._parts()) if not _is_of_sampler(path)]
+
+    def _all(self) -> dict[str, Any]:
+        return {**states_of(generators_in(self._parts())), **self._counted()}
+
+    def _counted(self) -> dict[str, int]:
+        return {path: vars(counter.owner)[counter.attribute] for path, counter in _counters(self._parts()).items()}
+
+    def _parts(self) -> dict[str, Any]:
+        if not isinstance(self._loader, DataLoader):
+            return {"": self._loader}
+        own = vars(self._loader)
+        left_out = {"_iterator", "worker_init_fn", *_PARTS}
+        rest = {key: own[key] for key in own if key not in left_out and not key.startswith("_DataLoader__")}
+        return {**{part: getattr(self._loader, part) for part in _PARTS}, **rest}
+
+    def _warn_of_iterators(self) -> None:
+        for part, value in self._parts().items():
+            for path, attribute in _attributes(part, value):
+                if isinstance(attribute, GeneratorType):
+                    _LOGGER.warning(
+                        "%s: %s is a Python generator, whose position cannot be saved, so a resumed run will see other "
+                        "samples than an uninterrupted one. Draw from a random generator, or give the data set "
+                        "state_dict() and load_state_dict()",
+                        self._name,
+                        path,
+                    )
+
+
+def generators_in(parts: Mapping[str, Any]) -> dict[str, Generator]:
+    """Find the random generators that objects hold, but for the global ones.
+
+    Args:
+        parts: Objects by name.
+
+    Returns:
+        Each generator once, by where it was found: ``"dataset.transform.rng"``.
+
+    Example:
+        >>> class Noisy:
+        ...     def __init__(self):
+        ...         self.rng = np.random.default_rng(0)
+        >>> list(generators_in({"dataset": Noisy()}))
+        ['dataset.rng']
+    """
+    own_states = (torch.default_generator, getattr(random, "_inst", None), getattr(np.random.mtrand, "_rand", None))
+    return {
+        path: value
+        for path, value in _reachable(parts)
+        if isinstance(value, _GENERATORS)
+        and not isinstance(value, random.SystemRandom)
+        and all(value is not own for own in own_states)
+    }
+
+
+def states_of(generators: Mapping[str, Generator]) -> dict[str, Any]:
+    """Return the generators' states as plain data.
+
+    Args:
+        generators: By path.
+
+    Returns:
+        By path: a tensor, or a dict with the kind of the generator.
+    """
+    return {path: _state(generator) for path, generator in generators.items()}
+
+
+def set_states(name: str, generators: Mapping[str, Generator], states: Mapping[str, Any]) -> None:
+    """Put generators to where they were; what is not on both sides is left out.
+
+    Args:
+        name: Of the loader.
+        generators: By path.
+        states: From `states_of`.
+
+    Raises:
+        TrainerError: A generator is of another kind.
+    """
+    for path in generators.keys() & states.keys():
+        try:
+            _set_state(generators[path], states[path])
+        except (TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
+            raise TrainerError(
+                f"{name} at resume: the random generator {path}",
+                received=f"a {type(generators[path]).__name__} that does not take the saved state ({error})",
+                expected="a generator of the same kind as in the run that is continued",
+            ) from error
+
+
+def warn_of_strangers(name: str, generators: Mapping[str, Generator], states: Mapping[str, Any]) -> bool:
+    """Name the generators outside samplers that are in the loader or in the checkpoint only.
+
+    Args:
+        name: Of the loader.
+        generators: By path.
+        states: From `states_of`.
+
+    Returns:
+        Whether there are any.
+    """
+    strangers = [path for path in sorted(states.keys() ^ generators.keys()) if not _is_of_sampler(path)]
+    for path in strangers:
+        _LOGGER.warning(
+            "%s: the random generator %s is %s, so the resumed run will see other samples than an uninterrupted one. "
+            "Make it in the constructor, not at its first use",
+            name,
+            path,
+            "in the checkpoint, but not there now" if path in states else "not in the checkpoint",
+        )
+    return bool(strangers)
+
+
+def _state(generator: Generator) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        version, internal, gauss = generator.getstate()
+        return [version, list(internal), gauss]
+    if isinstance(generator, np.random.RandomState):
+        return _plain(generator.get_state(legacy=False))
+    return _plain(generator.bit_generator.state)
+
+
+def _set_state(generator: Generator, state: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        version, internal, gauss = state
+        generator.setstate((version, tuple(internal), gauss))
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(_with_arrays(state))
+    else:
+        generator.bit_generator.state = _with_arrays(state)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, np.ndarray):
+        return {"dtype": str(value.dtype), "values": value.tolist()}
+    return value
+
+
+def _with_arrays(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    if value.keys() == {"dtype", "values"}:
+        return np.array(value["values"], dtype=value["dtype"])
+    return {key: _with_arrays(entry) for key, entry in value.items()}
+
+
+def _by_path(saved: Any, found: Mapping[str, Generator]) -> dict[str, Any]:
+    """What was saved; earlier versions have a list, of the samplers' generators alone."""
+    if isinstance(saved, Mapping):
+        return dict(saved)
+    return dict(zip([*_of_samplers(found), *found], saved, strict=False))
+
+
+def _states_only(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the counters."""
+    return {path: state for path, state in saved.items() if not isinstance(state, int)}
+
+
+def _of_samplers(paths: Mapping[str, Any]) -> list[str]:
+    return [path for path in paths if _is_of_sampler(path)]
+
+
+def _is_of_sampler(path: str) -> bool:
+    return path.startswith(_OF_SAMPLERS)
+
+
+def _counters(parts: Mapping[str, Any]) -> dict[str, _Counter]:
+    found = {}
+    for path, value in _reachable(parts):
+        is_sampler = path in _OF_SAMPLERS or isinstance(value, Sampler)
+        for attribute, number in getattr(value, "__dict__", {}).items():
+            if type(number) is int and (is_sampler or "epoch" in attribute):
+                found[f"{path}.{attribute}" if path else attribute] = _Counter(value, attribute)
+    return found
+
+
+def _reachable(parts: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Objects within objects, each once, the nearest first."""
+    waiting = deque(parts.items())
+    # Held, so that no other object gets the number of one that is gone.
+    seen: dict[int, Any] = {}
+    while waiting and len(seen) < _MOST_OBJECTS:
+        path, value = waiting.popleft()
+        if isinstance(value, _CLOSED) or id(value) in seen:
+            continue
+        seen[id(value)] = value
+        yield path, value
+        if not isinstance(value, _GENERATORS):
+            waiting.extend(_attributes(path, value))
+
+
+def _attributes(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, (list, tuple)):
+        if len(value) <= _MOST_ENTRIES:
+            yield from ((f"{path}[{index}]", entry) for index, entry in enumerate(value))
+    elif isinstance(value, dict):
+        if len(value) <= _MOST_ENTRIES:
+            yield from ((f"{path}[{key!r}]", entry) for key, entry in value.items())
+    elif isinstance(value, FunctionType):
+        yield from _of_function(path, value)
+    elif isinstance(value, MethodType):
+        yield from [(path, value.__self__), (path, value.__func__)]
+    elif isinstance(value, functools.partial):
+        yield from [(path, value.func), (f"{path}.args", value.args), (f"{path}.keywords", value.keywords)]
+    else:
+        dot = f"{path}." if path else ""
+        yield from ((dot + key, entry) for key, entry in list(getattr(value, "__dict__", {}).items()))
+        for name in ("__getitem__", "__getitems__", "__iter__", "__call__"):
+            function = getattr(type(value), name, None)
+            if isinstance(function, FunctionType):
+                yield dot + name, function
+
+
+def _of_function(path: str, function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """What it closes over, and global generators that it names."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
+        with contextlib.suppress(ValueError):
+            yield f"{path}.{name}", cell.cell_contents
+    for name in function.__code__.co_names:
+        value = function.__globals__.get(name)
+        if isinstance(value, _GENERATORS):
+            yield f"{path}.{name}", value
