@@ -4,6 +4,7 @@ from trainers.built import Built
 from trainers.callbacks import TrainingCallback
 from trainers.errors import CheckpointTimeoutError, PreemptionTimeoutError, TrainerError
 from trainers.generic import GenericTrainer
+from trainers.per_model import PerModel
 from trainers.population import Halving, Population
 from trainers.settings import GenericTrainerConfig
 from trainers.states import ResumeState, RNGState, TrainerPhase, TrainMicroState, ValMicroState
@@ -14,6 +15,7 @@ __all__ = [
     "GenericTrainer",
     "GenericTrainerConfig",
     "Halving",
+    "PerModel",
     "Population",
     "PreemptionTimeoutError",
     "RNGState",

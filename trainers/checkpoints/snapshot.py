@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from trainers.callbacks import TrainingCallback
     from trainers.generic import GenericTrainer
     from trainers.loop import TrainingLoop
-from trainers.reporting.early_stopping import EarlyStopping
+    from trainers.reporting.early_stopping import EarlyStopping
 
 _LOGGER = logging.getLogger(__name__)
 # Settings, or groups of them, that do not change what a run computes.

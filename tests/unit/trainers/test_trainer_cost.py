@@ -16,7 +16,7 @@ from tests.training_runs import run
 from trainers import loop, states, training
 from trainers.errors import TrainerError
 from trainers.generic import GenericTrainer
-from trainers.loaders import randomness
+from trainers.loaders import remembered
 from trainers.per_model import PerModel
 from trainers.reporting.early_stopping import EarlyStopping
 from trainers.reporting.metrics import MetricSums
@@ -52,7 +52,7 @@ def test_nothing_is_captured_with_every_batch(kind: str, tmp_path: Path, monkeyp
         (torch, "get_rng_state"),
         (states, "capture_rng_state"),
         (loop, "capture_rng_state"),
-        (randomness, "generator_states"),
+        (remembered, "states_of"),
         (StatefulDataLoader, "state_dict"),
         (MetricSums, "means"),
         (MetricSums, "state_dict"),
@@ -142,7 +142,7 @@ def test_the_models_that_train_are_always_those_that_were_not_stopped() -> None:
         assert early.active().tolist() == [True, False, True]
     early.stopped[2] = "diverged"
     assert early.active().tolist() == [True, False, False]
-    early.load_state_dict({"best": [1.0] * 3, "waited": [0] * 3, "stopped": {0: "a", 1: "b"}})
+    early.load_state_dict({"best": [1.0] * 3, "waited": [1] * 3, "stopped": {0: "a", 1: "b"}})
     assert early.active().tolist() == [False, False, True]
     early.load_state_dict({"best": [1.0] * 3, "waited": [0] * 3, "stopped": {}})
     assert early.active() is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ class Noting(Recorder):
 def _rank(number: int, folder: str) -> None:
     """One of two processes."""
     torch.set_num_threads(1)
-    place, timeout = f"file://{folder}/rendezvous", datetime.timedelta(seconds=20)
+    place, timeout = f"file://{folder}/rendezvous", datetime.timedelta(seconds=60)
     distributed.init_process_group("gloo", rank=number, world_size=2, init_method=place, timeout=timeout)
     batches = make_loader("list")
     noted: dict[str, Any] = {}
@@ -135,4 +136,5 @@ def _rank(number: int, folder: str) -> None:
     failure("checkpoints", prepare=load)
     Path(folder, f"{number}.json").write_text(json.dumps(noted))
     distributed.barrier()
-    distributed.destroy_process_group()
+    # Not through the interpreter's end: threads of gloo that still run then would abort the process.
+    os._exit(0)
