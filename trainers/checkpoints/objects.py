@@ -36,7 +36,7 @@ def class_names(optimizer: Any, schedulers: Sequence[Any]) -> dict[str, Any]:
         {'optimizer': 'SGD', 'schedulers': ['StepLR']}
     """
     return {
-        "optimizer": getattr(optimizer, "optimizer_cls", type(optimizer)).__name__,
+        "optimizer": getattr(optimizer, "class_name", type(optimizer).__name__),
         # A batch may have one for each model, and be saved and resumed with fewer or more models.
         "schedulers": sorted({_scheduler_name(scheduler) for scheduler in schedulers}),
     }

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import ConstantLR, ExponentialLR, SequentialLR, St
 
 from mb_torch import ModelBatch, OptimizerFactory
 from tests.training_runs import assert_identical, make_loader, make_objects, run
+from trainers.checkpoints.objects import class_names
 from trainers.errors import TrainerError
 from trainers.generic import GenericTrainer
 from trainers.settings import GenericTrainerConfig
@@ -101,3 +102,20 @@ def test_checkpoints_that_do_not_say_the_classes(tmp_path: Path) -> None:
     del content["classes"]
     torch.save(content, path)
     assert run(tmp_path, max_epochs=2).global_step == 8
+
+
+@pytest.mark.parametrize("backends", [("torch", "jax"), ("jax", "torch")])
+@pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, torch.optim.Adam])
+def test_a_batch_goes_on_with_the_same_class_on_the_other_backend(
+    optimizer_class: type[torch.optim.Optimizer], backends: tuple[str, str], tmp_path: Path
+) -> None:
+    for epochs, backend in enumerate(backends, 1):
+        batch = ModelBatch([nn.Linear(3, 1) for _ in range(2)], backend=backend)
+        optimizer = OptimizerFactory(optimizer_class).create_optimizer(batch, [{"lr": 0.1}] * 2)
+        config = GenericTrainerConfig(checkpoint_dir=str(tmp_path), max_epochs=epochs)
+        trainer = GenericTrainer(config, loss_fn=nn.functional.mse_loss)
+        trainer.fit(batch, optimizer, make_loader("list"))
+        assert trainer.global_step == 4 * epochs
+        content = torch.load(tmp_path / "latest.ckpt", weights_only=False)
+        assert content["classes"]["optimizer"] == optimizer_class.__name__
+        assert class_names(optimizer_class(nn.Linear(1, 1).parameters()), [])["optimizer"] == optimizer_class.__name__
