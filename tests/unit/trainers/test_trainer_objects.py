@@ -59,8 +59,8 @@ def test_other_objects_are_refused_and_left_as_they_were(changed: str, kind: str
         "model": "epoch_001_step_000008.ckpt does not fit: received a",
         "names": "epoch_001_step_000008.ckpt does not fit: received a",
         "optimizer": r"epoch_001_step_000008.ckpt: received AdamW; expected Adam, as in the run",
-        "scheduler": r"received \['StepLR'\]; expected \['SequentialLR\(ConstantLR, StepLR\)'\]",
-        "nested": r"received \['SequentialLR\(ConstantLR, ExponentialLR\)'\]; expected",
+        "scheduler": r"the scheduler 0 at .* received StepLR; expected SequentialLR\(ConstantLR, StepLR\)",
+        "nested": r"received SequentialLR\(ConstantLR, ExponentialLR\); expected",
         "schedulers": "schedulers at resume: received 2; expected 1",
     }[changed]
     assert len(messages) == 2
@@ -93,6 +93,40 @@ def test_after_a_load_that_failed_the_same_checkpoint_is_loaded(tmp_path: Path) 
     model, optimizer, scheduler = make_objects("single")
     trainer.fit(model, optimizer, make_loader("shuffled"), make_loader("list")[:2], scheduler)
     assert trainer.global_step == 4
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_scheduler_that_fails_to_load_leaves_all_as_they_were(place: int, tmp_path: Path) -> None:
+    class Refusing(StepLR):
+        refuses = False
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            if self.refuses:
+                raise ValueError("not this one")
+            super().load_state_dict(state_dict)
+
+    def fit(*, refuses: bool) -> GenericTrainer:
+        model = nn.Linear(3, 1)
+        optimizer = torch.optim.Adam(model.parameters())
+        schedulers = [StepLR(optimizer, 1), StepLR(optimizer, 1)]
+        schedulers[place] = Refusing(optimizer, 1)
+        schedulers[place].refuses = refuses
+        config = GenericTrainerConfig(checkpoint_dir=str(tmp_path), max_epochs=2 if refuses else 1)
+        trainer = GenericTrainer(config, loss_fn=nn.functional.mse_loss)
+        trainer.model, trainer.optimizer, trainer.scheduler = model, optimizer, schedulers
+        before = copy.deepcopy(_objects_of(trainer))
+        start = [model, optimizer, make_loader("list"), None, schedulers]
+        if not refuses:
+            trainer.fit(*start)
+            return trainer
+        for load in (trainer.load_checkpoint, lambda: trainer.fit(*start)):
+            with pytest.raises(TrainerError, match="does not fit: .*not this one"):
+                load()
+            assert_identical(_objects_of(trainer), before)
+        return trainer
+
+    fit(refuses=False)
+    fit(refuses=True)
 
 
 def test_checkpoints_that_do_not_say_the_classes(tmp_path: Path) -> None:
