@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mb_torch import ModelBatch
 from trainers.checkpoints.files import checkpoint_timeout, preemption_timeout, read_checkpoint
-from trainers.checkpoints.objects import apply_objects
+from trainers.checkpoints.objects import apply_objects, kept_on_failure
 from trainers.checkpoints.saving import Saves
 from trainers.checkpoints.snapshot import (
     apply_run,
@@ -332,7 +332,9 @@ class GenericTrainer(TrainerHooks):
             content = read_checkpoint(source)
         state, _ = own_rank(content)
         if self.model is not None and self.optimizer is not None:
-            apply_objects(self, as_list(self.scheduler, self.config.scheduler_interval), content, str(source))
+            schedulers = as_list(self.scheduler, self.config.scheduler_interval)
+            with kept_on_failure(self, schedulers):
+                apply_objects(self, schedulers, content, str(source))
         self._to_load, self._source = content, source
         return state
 
@@ -500,7 +502,8 @@ class GenericTrainer(TrainerHooks):
         self.current_phase, self.current_epoch, self.global_step = state.phase, state.epoch, state.global_step
 
     def _apply_objects(self, loop: TrainingLoop, content: dict[str, Any]) -> None:
-        with failing_together():
+        # Where it fails in one process, all keep what they have.
+        with kept_on_failure(self, loop.schedulers), failing_together():
             own_rank(content)
             apply_objects(self, loop.schedulers, content, str(self._source))
         # Only now: after an error, the next fit() with other objects goes on from the same checkpoint.

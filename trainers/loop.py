@@ -67,6 +67,7 @@ class TrainingLoop:
         boundaries: Where the run may be left.
         epoch_start_rng: The generators when the running epoch or validation began.
         train_is_over: Whether the running epoch has no training batch left.
+        val_is_over: Whether the running validation has no batch left; other ranks may have some.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class TrainingLoop:
         self.results = Results(trainer, self)
         self.boundaries = Boundaries(trainer)
         self.epoch_start_rng: RNGState | None = None
-        self.train_is_over = False
+        self.train_is_over = self.val_is_over = False
         self._sums = MetricSums(training.num_models)
         self._val_sums = MetricSums(training.num_models)
         self._batch_idx = 0
@@ -278,7 +279,7 @@ class TrainingLoop:
         trainer = self.trainer
         assert self.val_loader is not None
         trainer.set_phase(TrainerPhase.VAL_START_EPOCH)
-        self._val_batch_idx = 0
+        self._val_batch_idx, self.val_is_over = 0, False
         batches: Iterator[Any] | None = None
         if resume is not None:
             state, loaders = resume
@@ -288,7 +289,13 @@ class TrainingLoop:
                 self._val_sums.load_state_dict(state.val.metrics, state.val.num_samples)
                 self._val_batch_idx = state.val.batch_idx
                 self.epoch_start_rng = _rng(loaders["epoch_start_rng"])
-                batches = self.val_loader.resume(loaders["val"], self.epoch_start_rng, state.val.batch_idx)
+                # Checkpoints of earlier versions do not say it.
+                self.val_is_over = loaders.get("val_is_over", False)
+                if self.val_is_over:
+                    self.val_loader.restore_generators(loaders["val"])
+                    batches = iter(())
+                else:
+                    batches = self.val_loader.resume(loaders["val"], self.epoch_start_rng, state.val.batch_idx)
                 trainer.set_phase(TrainerPhase.VAL_BATCH_END)
             else:
                 self.val_loader.restore_generators(loaders["val"])
@@ -306,6 +313,7 @@ class TrainingLoop:
             while True:
                 trainer.set_phase(TrainerPhase.VAL_BATCH_LOAD)
                 batch = next(batches, _NO_BATCH)
+                self.val_is_over = batch is _NO_BATCH
                 if batch is _NO_BATCH and not is_distributed():
                     break
                 if batch is not _NO_BATCH:

@@ -175,11 +175,6 @@ class StackedOptimizer(PerModelOptimizer):
         ]
         super().__init__(stacks, num_models, groups, dict(singles[0].defaults))
 
-    @property
-    def optimizer_cls(self) -> type[Optimizer]:
-        """The class whose updates these are."""
-        return type(self._single)
-
     def _forget(self) -> None:
         """Drop what is derived from groups, clocks and storage."""
         self._hyper: _Hyper | None = None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -27,7 +28,7 @@ def class_names(optimizer: Any, schedulers: Sequence[Any]) -> dict[str, Any]:
         schedulers: All there are.
 
     Returns:
-        The name of the optimizer, and each name among the schedulers once.
+        The name of the optimizer, and those of the schedulers in their order.
 
     Example:
         >>> import torch
@@ -36,14 +37,30 @@ def class_names(optimizer: Any, schedulers: Sequence[Any]) -> dict[str, Any]:
         {'optimizer': 'SGD', 'schedulers': ['StepLR']}
     """
     return {
-        "optimizer": getattr(optimizer, "optimizer_cls", type(optimizer)).__name__,
-        # A batch may have one for each model, and be saved and resumed with fewer or more models.
-        "schedulers": sorted({_scheduler_name(scheduler) for scheduler in schedulers}),
+        "optimizer": getattr(optimizer, "class_name", type(optimizer).__name__),
+        "schedulers": [_scheduler_name(scheduler) for scheduler in schedulers],
     }
 
 
+@contextmanager
+def kept_on_failure(trainer: GenericTrainer, schedulers: Sequence[Any]) -> Iterator[None]:
+    """Where something fails in the block, put model, optimizer and schedulers back to what they were.
+
+    Args:
+        trainer: That has them.
+        schedulers: All there are.
+    """
+    # A load may fail at any point, and torch loads what fits before it raises.
+    before = _copied(trainer, schedulers)
+    try:
+        yield
+    except Exception:
+        _put_back(trainer, schedulers, before)
+        raise
+
+
 def apply_objects(trainer: GenericTrainer, schedulers: Sequence[Any], content: Mapping[str, Any], source: str) -> None:
-    """Load model, optimizer and schedulers; where one of them does not fit, all are as they were.
+    """Load model, optimizer and schedulers; to be called in `kept_on_failure`.
 
     Args:
         trainer: That has them.
@@ -60,13 +77,9 @@ def apply_objects(trainer: GenericTrainer, schedulers: Sequence[Any], content: M
         _LOGGER.warning("the checkpoint has no optimizer state (checkpoint.save_optimizer is off): it starts anew")
     if content["scheduler_state_dict"] is None and schedulers:
         _LOGGER.warning("the checkpoint has no scheduler state: the schedule starts anew")
-    # A copy is made only where it may be needed: torch loads what fits before it raises.
-    before = None if _seems_to_fit(trainer, content) else _copied(trainer, schedulers)
     try:
         _load(trainer, schedulers, content)
     except Exception as error:
-        if before is not None:
-            _load(trainer, schedulers, before)
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise TrainerError(
             f"the checkpoint {source} does not fit",
@@ -88,12 +101,16 @@ def _check_classes(trainer: GenericTrainer, schedulers: Sequence[Any], content: 
     if saved is None:
         return
     own = class_names(trainer.optimizer, schedulers)
-    for what, state in (("optimizer", content["optimizer_state_dict"]), ("schedulers", states)):
-        if state is not None and own[what] != saved[what]:
+    pairs = [] if content["optimizer_state_dict"] is None else [("optimizer", own["optimizer"], saved["optimizer"])]
+    if states is not None:
+        names = zip(own["schedulers"], saved["schedulers"], strict=True)
+        pairs += [(f"scheduler {number}", *pair) for number, pair in enumerate(names)]
+    for what, name, saved_name in pairs:
+        if name != saved_name:
             raise TrainerError(
                 f"the {what} at resume from {source}",
-                received=own[what],
-                expected=f"{saved[what]}, as in the run that is continued",
+                received=name,
+                expected=f"{saved_name}, as in the run that is continued",
                 fix=f"Another class would misread the saved state: use the same one; {_NEW_RUN}, from these weights "
                 "with model.load_state_dict(torch.load(FILE)['model_state_dict']).",
             )
@@ -103,21 +120,6 @@ def _scheduler_name(scheduler: Any) -> str:
     """The class, and those of the schedulers that it is made of."""
     name, parts = type(scheduler).__name__, getattr(scheduler, "_schedulers", None)
     return f"{name}({', '.join(map(_scheduler_name, parts))})" if isinstance(parts, (list, tuple)) else name
-
-
-def _seems_to_fit(trainer: GenericTrainer, content: Mapping[str, Any]) -> bool:
-    state = content["optimizer_state_dict"]
-    groups = None if state is None else _group_sizes(state["param_groups"])
-    has_same_groups = groups is None or groups == _group_sizes(trainer.optimizer.param_groups)
-    return has_same_groups and _shapes(trainer.model.state_dict()) == _shapes(content["model_state_dict"])
-
-
-def _group_sizes(groups: Sequence[Mapping[str, Any]]) -> list[int]:
-    return [len(group["params"]) for group in groups]
-
-
-def _shapes(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: getattr(value, "shape", None) for name, value in state.items()}
 
 
 def _copied(trainer: GenericTrainer, schedulers: Sequence[Any]) -> dict[str, Any]:
@@ -131,6 +133,16 @@ def _copied(trainer: GenericTrainer, schedulers: Sequence[Any]) -> dict[str, Any
         "optimizer_state_dict": copy.deepcopy(trainer.optimizer.state_dict()),
         "scheduler_state_dict": [copy.deepcopy(scheduler.state_dict()) for scheduler in schedulers],
     }
+
+
+def _put_back(trainer: GenericTrainer, schedulers: Sequence[Any], before: Mapping[str, Any]) -> None:
+    states = [before["model_state_dict"], before["optimizer_state_dict"], *before["scheduler_state_dict"]]
+    for target, state in zip([trainer.model, trainer.optimizer, *schedulers], states, strict=True):
+        try:
+            target.load_state_dict(state)
+        except Exception:
+            # One that cannot load must not keep the others from it.
+            _LOGGER.warning("a %s could not be put back to what it was", type(target).__name__, exc_info=True)
 
 
 def _load(trainer: GenericTrainer, schedulers: Sequence[Any], content: Mapping[str, Any]) -> None:

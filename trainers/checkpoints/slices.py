@@ -97,6 +97,7 @@ def select_models(content: Mapping[str, Any], indices: Sequence[int]) -> Content
         "scheduler_state_dict": _if_there(
             content["scheduler_state_dict"], lambda states: _select_schedulers(states, chosen, count)
         ),
+        "classes": _select_classes(content, chosen, count),
         "scaler_state_dict": _if_there(content["scaler_state_dict"], lambda state: _rows(state, chosen)),
         "early_stopping": early,
         "metrics": select_metrics(content["metrics"], chosen, count, counted),
@@ -146,7 +147,7 @@ def join(contents: Sequence[Mapping[str, Any]]) -> Content:
         "optimizer_state_dict": joined("optimizer_state_dict", _join_optimizers),
         "scheduler_state_dict": joined("scheduler_state_dict", lambda parts: _join_schedulers(parts, counts)),
         "scaler_state_dict": joined("scaler_state_dict", _join_scalers),
-        "classes": _join_classes([content.get("classes") for content in contents]),
+        "classes": _join_classes(contents, counts),
         "early_stopping": early,
         "metrics": joined("metrics", lambda parts: join_metrics(parts, counts, counted)),
         "resume_state": with_sums(
@@ -187,6 +188,7 @@ def model_content(content: Mapping[str, Any], index: int) -> Content:
         "scheduler_state_dict": _if_there(
             content["scheduler_state_dict"], lambda states: _select_schedulers(states, [model], count)
         ),
+        "classes": _select_classes(content, [model], count),
         "scaler_state_dict": _if_there(content["scaler_state_dict"], lambda state: _own_scaler(state, model)),
         "early_stopping": select_early(content["early_stopping"], [model], count),
         "metrics": own_metrics(content["metrics"], model, count),
@@ -320,14 +322,27 @@ def _join_optimizers(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return _stacked(owns)
 
 
-def _join_classes(parts: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:
+def _select_classes(content: Mapping[str, Any], chosen: Sequence[int], count: int) -> dict[str, Any] | None:
+    """The classes of what `select_models` keeps; None in a checkpoint of an earlier version, which does not say them."""
+    classes, states = content.get("classes"), content["scheduler_state_dict"]
+    if classes is None or states is None or not _are_per_model(states, count):
+        return classes
+    return {**classes, "schedulers": [classes["schedulers"][model] for model in chosen]}
+
+
+def _join_classes(contents: Sequence[Mapping[str, Any]], counts: Sequence[int]) -> dict[str, Any] | None:
     """The classes of all; None where a checkpoint of an earlier version does not say them."""
-    known = [part for part in parts if part is not None]
-    if len(known) < len(parts):
+    known = [content["classes"] for content in contents if content.get("classes") is not None]
+    if len(known) < len(contents):
         return None
     if len({part["optimizer"] for part in known}) > 1:
         raise differ("their optimizers", [part["optimizer"] for part in known], "one class")
-    return {**known[0], "schedulers": sorted({name for part in known for name in part["schedulers"]})}
+    names, states = [part["schedulers"] for part in known], [content["scheduler_state_dict"] for content in contents]
+    if None not in states and _are_joined_per_model(states, counts):
+        return {**known[0], "schedulers": [name for own in names for name in own]}
+    if None not in states and any(own != names[0] for own in names):
+        raise differ("their schedulers", names, "those of the first in all")
+    return known[0]
 
 
 def _join_scalers(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -389,17 +404,22 @@ def _select_groups(state: Mapping[str, Any], chosen: Sequence[int]) -> dict[str,
 
 
 def _join_schedulers(parts: Sequence[Sequence[Mapping[str, Any]]], counts: Sequence[int]) -> list[Any]:
+    if _are_joined_per_model(parts, counts):
+        return [state for states in parts for state in states]
+    if len({len(states) for states in parts}) > 1:
+        raise differ("their schedulers", f"{[len(states) for states in parts]} of them", "as many in all")
+    return [_join_groups(states) for states in zip(*parts, strict=True)]
+
+
+def _are_joined_per_model(parts: Sequence[Sequence[Mapping[str, Any]]], counts: Sequence[int]) -> bool:
+    """Whether there is one scheduler for each model in all of them."""
     # A batch of one model with one scheduler does not tell. A LambdaLR is taken for one of all models there, because
     # that is what `make_schedulers` makes.
     sizes = zip(parts, counts, strict=True)
     known = {_are_per_model(states, count) for states, count in sizes if (len(states), count) != (1, 1)}
     if len(known) > 1:
         raise differ("their schedulers", "one for each model in some, for all in others", "one or the other")
-    if known.pop() if known else "lr_lambdas" not in parts[0][0]:
-        return [state for states in parts for state in states]
-    if len({len(states) for states in parts}) > 1:
-        raise differ("their schedulers", f"{[len(states) for states in parts]} of them", "as many in all")
-    return [_join_groups(states) for states in zip(*parts, strict=True)]
+    return known.pop() if known else "lr_lambdas" not in parts[0][0]
 
 
 def _join_groups(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -239,6 +239,7 @@ def _loader_state(loop: TrainingLoop) -> dict[str, Any]:
         "val": None if loop.val_loader is None else loop.val_loader.state_dict(),
         "epoch_start_rng": None if start is None else rng_to_dict(start),
         "train_is_over": loop.train_is_over,
+        "val_is_over": loop.val_is_over,
     }
 
 

@@ -397,6 +397,33 @@ def test_two_schedulers_of_all_models_and_one_that_does_not_say(three: dict[str,
         select_models(content, [1])
 
 
+def test_schedulers_of_several_classes_go_with_their_models(tmp_path: Path) -> None:
+    def fit(folder: Path, kinds: str, start: dict[str, Any] | None = None) -> dict[str, Any]:
+        batch = ModelBatch([silent() for _ in kinds])
+        factory = OptimizerFactory(optim.Adam)
+        optimizer = factory.create_optimizer(batch, [{"lr": 0.1}] * len(kinds))
+        steps = factory.create_lr_scheduler(optimizer, schedules.StepLR, [{"step_size": 1}] * len(kinds))
+        decays = factory.create_lr_scheduler(optimizer, schedules.ExponentialLR, [{"gamma": 0.9}] * len(kinds))
+        own = [(steps if kind == "s" else decays)[model] for model, kind in enumerate(kinds)]
+        config = GenericTrainerConfig(checkpoint_dir=str(folder), max_epochs=1 if start is None else 2)
+        trainer = GenericTrainer(config, loss_fn=nn.functional.mse_loss)
+        if start is not None:
+            trainer.load_checkpoint(written(start, folder.with_suffix(".ckpt")))
+        trainer.fit(batch, optimizer, make_loader("list"), None, own)
+        return read_checkpoint(folder / "latest.ckpt")
+
+    content = fit(tmp_path / "all", "see")
+    names = {"s": "StepLR", "e": "ExponentialLR"}
+    assert content["classes"]["schedulers"] == [names[kind] for kind in "see"]
+    assert model_content(content, 0)["classes"]["schedulers"] == ["StepLR"]
+    some, rest = select_models(content, [1, 2]), select_models(content, [0])
+    for name, kinds, start in (("some", "ee", some), ("joined", "ees", join([some, rest]))):
+        assert start["classes"]["schedulers"] == [names[kind] for kind in kinds]
+        assert fit(tmp_path / name, kinds, start)["global_step"] == 8
+    with pytest.raises(TrainerError, match="the scheduler 0 at resume .* received StepLR; expected ExponentialLR"):
+        fit(tmp_path / "mixed", "see", join([some, rest]))
+
+
 def test_loss_scales_go_with_their_models(three: dict[str, Any]) -> None:
     scaler = GradScaler(3, growth_interval=5)
     scaler.record(torch.tensor([True, False, True]))

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import ConstantLR, ExponentialLR, SequentialLR, St
 
 from mb_torch import ModelBatch, OptimizerFactory
 from tests.training_runs import assert_identical, make_loader, make_objects, run
+from trainers.checkpoints.objects import class_names
 from trainers.errors import TrainerError
 from trainers.generic import GenericTrainer
 from trainers.settings import GenericTrainerConfig
@@ -58,8 +59,8 @@ def test_other_objects_are_refused_and_left_as_they_were(changed: str, kind: str
         "model": "epoch_001_step_000008.ckpt does not fit: received a",
         "names": "epoch_001_step_000008.ckpt does not fit: received a",
         "optimizer": r"epoch_001_step_000008.ckpt: received AdamW; expected Adam, as in the run",
-        "scheduler": r"received \['StepLR'\]; expected \['SequentialLR\(ConstantLR, StepLR\)'\]",
-        "nested": r"received \['SequentialLR\(ConstantLR, ExponentialLR\)'\]; expected",
+        "scheduler": r"the scheduler 0 at .* received StepLR; expected SequentialLR\(ConstantLR, StepLR\)",
+        "nested": r"received SequentialLR\(ConstantLR, ExponentialLR\); expected",
         "schedulers": "schedulers at resume: received 2; expected 1",
     }[changed]
     assert len(messages) == 2
@@ -94,6 +95,40 @@ def test_after_a_load_that_failed_the_same_checkpoint_is_loaded(tmp_path: Path) 
     assert trainer.global_step == 4
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_scheduler_that_fails_to_load_leaves_all_as_they_were(place: int, tmp_path: Path) -> None:
+    class Refusing(StepLR):
+        refuses = False
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            if self.refuses:
+                raise ValueError("not this one")
+            super().load_state_dict(state_dict)
+
+    def fit(*, refuses: bool) -> GenericTrainer:
+        model = nn.Linear(3, 1)
+        optimizer = torch.optim.Adam(model.parameters())
+        schedulers = [StepLR(optimizer, 1), StepLR(optimizer, 1)]
+        schedulers[place] = Refusing(optimizer, 1)
+        schedulers[place].refuses = refuses
+        config = GenericTrainerConfig(checkpoint_dir=str(tmp_path), max_epochs=2 if refuses else 1)
+        trainer = GenericTrainer(config, loss_fn=nn.functional.mse_loss)
+        trainer.model, trainer.optimizer, trainer.scheduler = model, optimizer, schedulers
+        before = copy.deepcopy(_objects_of(trainer))
+        start = [model, optimizer, make_loader("list"), None, schedulers]
+        if not refuses:
+            trainer.fit(*start)
+            return trainer
+        for load in (trainer.load_checkpoint, lambda: trainer.fit(*start)):
+            with pytest.raises(TrainerError, match="does not fit: .*not this one"):
+                load()
+            assert_identical(_objects_of(trainer), before)
+        return trainer
+
+    fit(refuses=False)
+    fit(refuses=True)
+
+
 def test_checkpoints_that_do_not_say_the_classes(tmp_path: Path) -> None:
     run(tmp_path, max_epochs=1)
     path = tmp_path / "epoch_000_step_000004.ckpt"
@@ -101,3 +136,20 @@ def test_checkpoints_that_do_not_say_the_classes(tmp_path: Path) -> None:
     del content["classes"]
     torch.save(content, path)
     assert run(tmp_path, max_epochs=2).global_step == 8
+
+
+@pytest.mark.parametrize("backends", [("torch", "jax"), ("jax", "torch")])
+@pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, torch.optim.Adam])
+def test_a_batch_goes_on_with_the_same_class_on_the_other_backend(
+    optimizer_class: type[torch.optim.Optimizer], backends: tuple[str, str], tmp_path: Path
+) -> None:
+    for epochs, backend in enumerate(backends, 1):
+        batch = ModelBatch([nn.Linear(3, 1) for _ in range(2)], backend=backend)
+        optimizer = OptimizerFactory(optimizer_class).create_optimizer(batch, [{"lr": 0.1}] * 2)
+        config = GenericTrainerConfig(checkpoint_dir=str(tmp_path), max_epochs=epochs)
+        trainer = GenericTrainer(config, loss_fn=nn.functional.mse_loss)
+        trainer.fit(batch, optimizer, make_loader("list"))
+        assert trainer.global_step == 4 * epochs
+        content = torch.load(tmp_path / "latest.ckpt", weights_only=False)
+        assert content["classes"]["optimizer"] == optimizer_class.__name__
+        assert class_names(optimizer_class(nn.Linear(1, 1).parameters()), [])["optimizer"] == optimizer_class.__name__

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from torch import distributed, nn
+from torch.utils.data import DataLoader, Subset
 
-from tests.training_runs import Recorder, make_loader
+from tests.training_runs import Recorder, Rows, make_loader
 from trainers.config.schema import LoggingConfig
 from trainers.errors import TrainerError
 from trainers.ranks import failing_together, rank
+from trainers.reproducibility import seed_everything
 from trainers.settings import GenericTrainerConfig
 
 
@@ -43,6 +45,16 @@ def test_validations_of_different_lengths_are_resumed(outcomes: list[dict[str, A
         assert own["resumed_logs"] == own["logs"]
 
 
+def test_a_validation_by_data_loaders_is_resumed_where_one_rank_has_finished_it(outcomes: list[dict[str, Any]]) -> None:
+    for own in outcomes:
+        assert own["shuffled_left"] == [True, False]
+        assert own["shuffled_resumed"] == own["shuffled"]
+
+
+def test_where_a_load_fails_in_one_rank_the_others_keep_their_weights(outcomes: list[dict[str, Any]]) -> None:
+    assert [own["kept"] for own in outcomes] == [True, True]
+
+
 @pytest.mark.parametrize(
     ("case", "first", "second"),
     [
@@ -67,13 +79,13 @@ def test_where_nobody_fails() -> None:
 
 
 class Noting(Recorder):
-    """Notes the batches that it validates; one rank may ask to stop in the second epoch."""
+    """Notes the batches that it validates; one rank may ask to stop at an epoch's batch."""
 
-    asks = False
+    asks: tuple[int, int] | None = None
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         self.notes.setdefault("seen", []).append([self.current_epoch, batch_idx])
-        if self.asks and rank() == 1 and (self.current_epoch, batch_idx) == (1, 1):
+        if rank() == 1 and (self.current_epoch, batch_idx) == self.asks:
             self.request_preemption()
         return {"loss": float(batch[0].sum())}
 
@@ -111,7 +123,10 @@ def _rank(number: int, folder: str) -> None:
             noted[name] = f"{type(error).__name__}: {error}"
 
     def ask(trainer: Noting) -> None:
-        trainer.asks = True
+        trainer.asks = (1, 1)
+
+    def ask_early(trainer: Noting) -> None:
+        trainer.asks = (0, 3)
 
     val = batches[: 1 + 2 * number]
     trainer = fit("whole", val=val)
@@ -121,13 +136,29 @@ def _rank(number: int, folder: str) -> None:
     resumed = fit("stopped", val=val, notes=notes)
     noted |= {"left": [stopped.preempted, resumed.preempted], "resumed": notes["seen"], "resumed_logs": resumed.logs}
 
+    def fit_shuffled(name: str, notes: dict[str, Any], prepare: Callable[[Noting], None] = lambda trainer: None) -> Any:
+        rows = Subset(Rows(), range(6 * (1 + number)))
+        loaders = {"train": make_loader("shuffled"), "val": DataLoader(rows, batch_size=2, shuffle=True)}
+        seed_everything(0)
+        trainer = fit(name, **loaders, notes=notes, prepare=prepare)
+        return trainer, [notes["seen"], notes["samples"], trainer.logs, trainer.model.weight.tolist()]
+
+    _, noted["shuffled"] = fit_shuffled("shuffled", {})
+    notes = {}
+    stopped, _ = fit_shuffled("shuffled_stopped", notes, ask_early)
+    resumed, noted["shuffled_resumed"] = fit_shuffled("shuffled_stopped", notes)
+    noted["shuffled_left"] = [stopped.preempted, resumed.preempted]
+
     Path(folder, "file").touch()
     failure("loggers", logging=LoggingConfig(csv_log_dir=f"{folder}/file/metrics"))
     failure("loader", train=batches if number == 0 else 5)
     failure("val_loader", val=batches if number == 0 else None)
     failure("batches", train=batches[: 4 - number])
     fit("architecture", save_top_k=-1)
-    failure("architecture", width=1 + number, auto_resume=True)
+    started: list[Noting] = []
+    failure("architecture", width=1 + number, auto_resume=True, prepare=started.append)
+    torch.manual_seed(0)
+    noted["kept"] = torch.equal(started[0].model.weight, nn.Linear(3, 1 + number).weight)
 
     def load(trainer: Noting) -> None:
         if number == 1:
