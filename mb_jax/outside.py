@@ -151,19 +151,20 @@ def own_generators_kept(*functions: Callable[..., Any]) -> Iterator[None]:
 
 
 def _state_of(generator: Any) -> bytes:
-    state = generator.getstate() if isinstance(generator, random.Random) else _bits(generator).state
-    return pickle.dumps(state)
+    if isinstance(generator, random.Random):
+        return pickle.dumps(generator.getstate())
+    # A RandomState draws normal numbers in pairs: the second one is kept outside the bit generator.
+    is_legacy = isinstance(generator, np.random.RandomState)
+    return pickle.dumps(generator.get_state(legacy=False) if is_legacy else generator.bit_generator.state)
 
 
 def _restore(generator: Any, state: bytes) -> None:
     if isinstance(generator, random.Random):
         generator.setstate(pickle.loads(state))
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(pickle.loads(state))
     else:
-        _bits(generator).state = pickle.loads(state)
-
-
-def _bits(generator: np.random.Generator | np.random.RandomState) -> Any:
-    return generator.bit_generator if isinstance(generator, np.random.Generator) else generator._bit_generator
+        generator.bit_generator.state = pickle.loads(state)
 
 
 class _Reader:

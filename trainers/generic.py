@@ -44,7 +44,7 @@ from trainers.ranks import (
     wait_for_all_ranks,
     warn_of_unconnected_tasks,
 )
-from trainers.reporting.loggers import make_loggers, messages_as_configured
+from trainers.reporting.loggers import absolute_places, at_places, make_loggers, messages_as_configured
 from trainers.reporting.metrics import MetricFunction
 from trainers.reproducibility import algorithms, seed_everything
 from trainers.schedules import as_list
@@ -160,6 +160,8 @@ class GenericTrainer(TrainerHooks):
         self.diverged_models: set[int] = set()
         self.signal_flags = SignalFlags(self.config.signal_numbers())
         self.store = self._make_store()
+        # Beside the checkpoints, wherever the program is when it calls fit.
+        self._log_places = absolute_places(self.config.logging)
         self._saves = Saves(self.store)
         self._loss_fn = loss_fn
         self._metrics = {name: MetricFunction(name, metric) for name, metric in (metrics or {}).items()}
@@ -209,7 +211,7 @@ class GenericTrainer(TrainerHooks):
         try:
             # From now on: what is to be resumed may take long to load.
             self.signal_flags.install()
-            with messages_as_configured(self.config.logging), chosen:
+            with messages_as_configured(at_places(self.config.logging, self._log_places)), chosen:
                 with failing_together():
                     loop = self._make_loop(train_loader, val_loader)
                 check_ranks(loop.steps_per_epoch(), validates=val_loader is not None)
@@ -556,7 +558,7 @@ class GenericTrainer(TrainerHooks):
                 self.store.set_aside_later_than(content)
             if is_first:
                 loop.loggers = make_loggers(
-                    self.config.logging,
+                    at_places(self.config.logging, self._log_places),
                     self.config.experiment_name,
                     self.config.to_dict(),
                     trackers,

@@ -36,7 +36,7 @@ class KeptBuffers:
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
-        buffers = [buffer.detach() for _, _, buffer in places]
+        buffers = [_own_elements(buffer.detach()) for _, _, buffer in places]
         if [_form(buffer) for buffer in buffers] == [_form(copied) for copied in self._copies]:
             if buffers:
                 torch._foreach_copy_(self._copies, buffers)
@@ -48,8 +48,15 @@ class KeptBuffers:
     def put_back(self) -> None:
         """Give them the values that they had when they were copied."""
         for (table, name, buffer), copied in zip(self._places, self._copies, strict=True):
-            buffer.copy_(copied)
+            _own_elements(buffer).copy_(copied)
             table[name] = buffer
+
+
+def _own_elements(buffer: Tensor) -> Tensor:
+    """An expanded buffer without the repetition, which cannot be written to."""
+    if buffer.layout is not torch.strided or 0 not in buffer.stride():
+        return buffer
+    return buffer[tuple([slice(None) if stride else slice(1) for stride in buffer.stride()])]
 
 
 def _form(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:

@@ -73,18 +73,44 @@ def step_schedulers(
                 scheduler.step(values[index] if len(values) == len(schedulers) else values[0])
 
 
-@contextmanager
-def kept_groups(optimizer: Any, models: Collection[int]) -> Iterator[None]:
-    """Keep what the parameter groups of some models say, whatever a scheduler of all groups does.
+class StoppedGroups:
+    """What the parameter groups of stopped models say, whatever a scheduler of all groups does.
 
     Args:
         optimizer: With one parameter group per model.
-        models: Those that were stopped.
     """
-    before = [
-        {name: copy.deepcopy(value) for name, value in optimizer.param_groups[model].items() if name != "params"}
-        for model in models
-    ]
-    yield
-    for model, values in zip(models, before, strict=True):
-        optimizer.param_groups[model].update(values)
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        # Copied once for each model: there may be many, and a scheduler may be stepped after every batch.
+        self._values: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
+
+    @contextmanager
+    def kept(self, models: Collection[int]) -> Iterator[None]:
+        """Keep the groups of some models as they were when they were given for the first time.
+
+        Args:
+            models: Those that were stopped.
+        """
+        for model in models:
+            if model not in self._values:
+                self._values[model] = _values_of(self._optimizer.param_groups[model])
+        yield
+        for model in models:
+            constants, others = self._values[model]
+            self._optimizer.param_groups[model].update(constants)
+            if others:
+                self._optimizer.param_groups[model].update(copy.deepcopy(others))
+
+
+def _values_of(group: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of a parameter group, what cannot be changed in place, and copies of the rest: tensors, say."""
+    values = {name: value for name, value in group.items() if name != "params"}
+    constants = {name: value for name, value in values.items() if _is_constant(value)}
+    return constants, copy.deepcopy({name: value for name, value in values.items() if name not in constants})
+
+
+def _is_constant(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_constant, value))
+    return value is None or isinstance(value, (bool, int, float, str))

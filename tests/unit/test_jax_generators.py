@@ -62,6 +62,20 @@ def test_a_coin_of_a_generator_of_ones_own_is_refused(kind: str, verify: bool) -
     assert generator.random() == expected.random(), "it was not put back"
 
 
+@pytest.mark.parametrize("drawn", [0, 1])
+def test_the_second_of_two_normal_numbers_belongs_to_the_generator(drawn: int) -> None:
+    """A ``RandomState`` makes two at a time and keeps one for the next call."""
+    generator, expected = np.random.RandomState(5), np.random.RandomState(5)
+    assert generator.randn(drawn).tolist() == expected.randn(drawn).tolist()
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.mse_loss(outputs, targets) * (1 if generator.randn() < 100 else 0)
+
+    with pytest.raises(Unsupported, match=r"random\.RandomState of your own are drawn"):
+        step_of(linears(backend_options={"verify": False}), loss)(X, Y)
+    assert generator.randn(3).tolist() == expected.randn(3).tolist()
+
+
 def test_numbers_that_make_a_translation_wrong_are_named() -> None:
     draw = np.random.default_rng(0).random
 

@@ -83,12 +83,21 @@ class Boundaries:
         # Only the first rank knows what became of a save in the background.
         if is_saving and agreed([int(not trainer.is_saved_here())], self._device)[0]:
             trainer.save_checkpoint(emergency=True)
-        trainer.requeued = bool(agreed([int(decision.carry_out())], self._device)[0])
-        # Where nobody will start the job again, or Slurm has answered after the save, the file must not say otherwise.
-        (right_counts,) = agreed([decision.counts if trainer.requeued else 0], self._device)
-        if right_counts != counts:
-            trainer.preemption_count += right_counts - counts
-            if is_saving:
-                trainer.save_checkpoint(emergency=True)
+        # Where Slurm has answered after the save, the file must not say otherwise; before the requeue, which may end
+        # the job at once.
+        is_confirmed = decision.confirm()
+        (right_counts,) = agreed([decision.counts if is_confirmed else 0], self._device)
+        self._correct_count(right_counts - counts)
+        trainer.requeued = bool(agreed([int(is_confirmed and decision.requeue())], self._device)[0])
+        if not trainer.requeued:
+            # Nobody will start the job again.
+            self._correct_count(-right_counts)
         trainer.preempted = bool(leaves_run)
         return trainer.preempted
+
+    def _correct_count(self, difference: int) -> None:
+        """Save again, with another count of requeues, if it is another."""
+        if difference:
+            self.trainer.preemption_count += difference
+            if self.trainer.config.preemption.checkpoint_on_preemption:
+                self.trainer.save_checkpoint(emergency=True)

@@ -33,7 +33,7 @@ class RequeueDecision:
     Attributes:
         counts: 1 in the job's first process if the requeue counts against ``max_preemptions``, else 0. One at the time
             limit does not where the run has advanced: such a run comes to its end. What Slurm says of that too late for
-            the save is known after `carry_out`.
+            the save is known after `confirm`.
         leaves_run: Whether the run is to be left.
 
     Example:
@@ -60,10 +60,18 @@ class RequeueDecision:
             self._is_to_be_asked_again = not facts
 
     def carry_out(self) -> bool:
-        """Requeue the job if that was decided; once, by the job's first process.
+        """Requeue the job if that was decided, where nothing is to be saved in between: `confirm` and `requeue`.
 
         Returns:
             Whether Slurm accepted.
+        """
+        return self.confirm() and self.requeue()
+
+    def confirm(self) -> bool:
+        """Ask Slurm what there was no time for before the save; ``counts`` is right from then on.
+
+        Returns:
+            Whether the job is to be requeued, by this process: the job's first.
         """
         if self._is_used_up:
             _LOGGER.error(
@@ -78,4 +86,13 @@ class RequeueDecision:
             return False
         if self._is_to_be_asked_again:
             self.counts = int(not is_at_its_time_limit(job_facts(self._job_id)))
+        return True
+
+    def requeue(self) -> bool:
+        """Requeue the job, after `confirm` has said so; Slurm may end it at once.
+
+        Returns:
+            Whether Slurm accepted.
+        """
+        assert self._job_id is not None
         return requeue(self._job_id)

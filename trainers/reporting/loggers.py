@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import importlib
 import itertools
 import logging
@@ -28,6 +29,7 @@ from trainers.utils.logging import DEFAULT_FORMAT
 _LOGGER = logging.getLogger(__name__)
 
 _COLUMNS = ["step", "epoch", "name", "value"]
+_PLACES = ("csv_log_dir", "tensorboard_dir", "log_file")
 
 
 class MetricLogger(Protocol):
@@ -167,6 +169,31 @@ class WandbLogger:
     def close(self) -> None:
         """See `MetricLogger`."""
         self._run.finish()
+
+
+def absolute_places(config: LoggingConfig) -> dict[str, str]:
+    """Return the absolute paths of what is logged to, by the paths as configured.
+
+    Args:
+        config: Of the logging.
+
+    Example:
+        >>> absolute_places(LoggingConfig(csv_log_dir="/logs/.", log_file="/logs/messages"))
+        {'/logs/.': '/logs', '/logs/messages': '/logs/messages'}
+    """
+    paths = [getattr(config, name) for name in _PLACES]
+    return {path: os.path.abspath(os.path.expanduser(path)) for path in paths if path is not None}
+
+
+def at_places(config: LoggingConfig, places: Mapping[str, str]) -> LoggingConfig:
+    """Return a configuration with other paths, and all else as it is.
+
+    Args:
+        config: Of the logging; it stays as it is.
+        places: From `absolute_places`; a path that is not among them stays.
+    """
+    paths = {name: getattr(config, name) for name in _PLACES}
+    return dataclasses.replace(config, **{name: places.get(path, path) for name, path in paths.items()})
 
 
 def make_loggers(

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from trainers.ranks import of_first_rank
 from trainers.reporting.metrics import MetricSums, epoch_logs, required
-from trainers.schedules import kept_groups, step_schedulers
+from trainers.schedules import StoppedGroups, step_schedulers
 from trainers.states import TrainerPhase
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class Results:
         self.trainer = trainer
         self._loop = loop
         self._steps_in_this_process = 0
+        self._stopped_groups = StoppedGroups(trainer.optimizer)
 
     def of_epoch(self, train: MetricSums, validation: MetricSums) -> dict[str, Any]:
         """Join an epoch's metrics; those of single models become the trainer's ``model_metrics``.
@@ -127,7 +128,7 @@ class Results:
         # Nothing of a stopped model changes any more. Without a scheduler of its own, its parameter group is kept.
         stopped = list(self._loop.early_stopping.stopped) if self._stops_models_one_by_one() else []
         has_own = len(self._loop.schedulers) == self._loop.training.num_models
-        with kept_groups(trainer.optimizer, [] if has_own else stopped):
+        with self._stopped_groups.kept([] if has_own else stopped):
             step_schedulers(
                 self._loop.schedulers,
                 None if logs is None else values,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from trainers.errors import TrainerError
 from trainers.generic import GenericTrainer
 from trainers.kept_buffers import KeptBuffers
 from trainers.per_model import PerModel
+from trainers.schedules import StoppedGroups
 from trainers.settings import GenericTrainerConfig
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -69,6 +71,35 @@ def test_a_skipped_batch_leaves_the_model_as_it_was(kind: str, tmp_path: Path) -
     assert_equal(ends[1], ends[0])
 
 
+class Masked(nn.Module):
+    """With an expanded buffer, which PyTorch does not write to, though to what it repeats."""
+
+    mask: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 1)
+        self.register_buffer("mask", torch.ones(3, 1).expand(3, 4).t())
+        self.first = self.mask[0]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.first.data.add_(inputs.mean())
+        return self.linear(inputs * self.mask[:1])
+
+
+def test_a_skipped_batch_leaves_an_expanded_buffer_as_it_was(tmp_path: Path) -> None:
+    ends = []
+    batches: Batches = make_loader("list")
+    for name, data in (("whole", batches), ("broken", _broken(batches))):
+        torch.manual_seed(0)
+        model = Masked()
+        config = GenericTrainerConfig(checkpoint_dir=str(tmp_path / name), max_epochs=2, on_nan_loss="skip")
+        OwnStep(config, loss_fn=nn.functional.mse_loss).fit(model, torch.optim.SGD(model.parameters(), 0.1), data)
+        assert model.mask.stride() == (0, 1)
+        ends.append({key: value.clone() for key, value in model.state_dict().items()})
+    assert_equal(ends[1], ends[0])
+
+
 def test_buffers_are_copied_to_the_same_place_every_time() -> None:
     kept = KeptBuffers(_model())
     kept.keep()
@@ -94,6 +125,26 @@ def test_stop_says_that_weights_are_broken_already(backend: str, accumulate: int
     assert is_broken == (accumulate == 1)
     assert not is_broken or "load_checkpoint" in str(raised.value)
     assert "on_nan_loss='freeze'" in str(raised.value)
+
+
+def test_groups_of_stopped_models_are_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = [nn.Parameter(torch.zeros(1)) for _ in range(3)]
+    rates = [0.1, torch.tensor(0.1), 0.1]
+    optimizer = torch.optim.Adam([{"params": [own], "lr": rate} for own, rate in zip(parameters, rates, strict=True)])
+    groups = StoppedGroups(optimizer)
+    copied: list[Any] = []
+    deepcopy = copy.deepcopy
+    monkeypatch.setattr(copy, "deepcopy", lambda value, *rest: copied.append(value) or deepcopy(value, *rest))
+    for stopped in ([0], [0, 1], [0, 1]):
+        copied.clear()
+        with groups.kept(stopped):
+            optimizer.param_groups[0].update(lr=7.0, betas=(0.0, 0.0))
+            # As schedulers of torch do with a tensor.
+            optimizer.param_groups[1]["lr"].mul_(0.5)
+            optimizer.param_groups[2]["lr"] *= 0.5
+        assert not any("betas" in value or "eps" in value for value in copied)
+    assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([0.1, 0.05, 0.0125])
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
 
 
 @pytest.mark.parametrize("interval", ["epoch", "step"])

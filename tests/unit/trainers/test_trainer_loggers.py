@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mb_torch import MissingPackage
-from tests.training_runs import run
+from tests.training_runs import make_loader, run
 from trainers.config.schema import LoggingConfig
 from trainers.errors import TrainerError
+from trainers.generic import GenericTrainer
 from trainers.reporting.loggers import make_loggers, messages_as_configured
 from trainers.reporting.progress import Progress
+from trainers.settings import GenericTrainerConfig
 
 
 def _logging(**settings: Any) -> LoggingConfig:
@@ -179,6 +182,25 @@ def test_log_files_stay_where_a_run_began(tmp_path: Path, monkeypatch: pytest.Mo
     logger.log({"loss": 1.0}, 0, 1)
     assert "loss" in (tmp_path / "start" / "logs" / "run" / "metrics.csv").read_text()
     assert not any((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize("moves", ["before", "between"])
+def test_logs_are_beside_the_checkpoints_wherever_fit_is_called(
+    moves: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("start", "elsewhere"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / ("elsewhere" if moves == "before" else "start"))
+    logging_config = _logging(csv_log_dir="logs", log_file="messages.txt")
+    config = GenericTrainerConfig(checkpoint_dir="runs", max_epochs=1, logging=logging_config)
+    trainer = GenericTrainer(config, loss_fn=torch.nn.functional.mse_loss)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    model = torch.nn.Linear(3, 1)
+    trainer.fit(model, torch.optim.SGD(model.parameters(), 0.1), make_loader("list"))
+    place, other = ("elsewhere", "start") if moves == "before" else ("start", "elsewhere")
+    assert sorted(path.name for path in (tmp_path / place).iterdir()) == ["logs", "messages.txt", "runs"]
+    assert not any((tmp_path / other).iterdir())
+    assert (config.logging.csv_log_dir, config.logging.log_file) == ("logs", "messages.txt")
 
 
 def test_a_new_run_keeps_the_files_that_are_there(tmp_path: Path) -> None:
