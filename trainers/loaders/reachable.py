@@ -234,9 +234,7 @@ def _of_function(path: str, function: FunctionType) -> Iterator[tuple[str, Any]]
             yield f"{path}.{name}", value
 
 
-def _named_within(
-    path: str, owner: Any, names: dict[str, None], scope: Mapping[str, Any]
-) -> Iterator[tuple[str, Any]]:
+def _named_within(path: str, owner: Any, names: dict[str, None], scope: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Of a module or class of the user's, what a function may name: ``helpers.augment``."""
     namespace = vars(owner)
     module = namespace if _is(owner, (ModuleType,)) else vars(sys.modules.get(namespace.get("__module__", ""), sys))

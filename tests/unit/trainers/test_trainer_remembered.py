@@ -240,7 +240,19 @@ def make_loader(kind: str, workers: int) -> Any:
     return loader(data, BATCH, sampler=Drawing(rng), num_workers=workers)
 
 
-KINDS = [*MAKERS, *HIDDEN, "collate", "closure", "stream", "counting", "numbers", "reseeding", "sampler", "shared", "subclass"]
+KINDS = [
+    *MAKERS,
+    *HIDDEN,
+    "collate",
+    "closure",
+    "stream",
+    "counting",
+    "numbers",
+    "reseeding",
+    "sampler",
+    "shared",
+    "subclass",
+]
 
 
 def fit(
