@@ -1,50 +1,43 @@
 """What the objects of a loader remember from batch to batch: random generators, and counters such as that of epochs.
 
-They are looked for among the attributes of samplers, data set and ``collate_fn`` whenever a position is saved or
-restored, so that those made or replaced meanwhile are found as well. Nothing is done with single batches.
+They are looked for in samplers, data set and ``collate_fn`` (see `trainers.loaders.reachable`) whenever a position is
+saved or restored, so that those made or replaced meanwhile are found as well. Nothing is done with single batches.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import logging
-import numbers
 import random
-from collections import deque
-from collections.abc import Iterator, Mapping
-from types import FunctionType, GeneratorType, MethodType, ModuleType
+from collections.abc import Mapping
+from types import GeneratorType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from trainers.errors import TrainerError
+from trainers.loaders.reachable import GENERATORS, Generator, held, own_attributes, reachable, set_own_attribute
 
 _LOGGER = logging.getLogger(__name__)
 
-Generator = torch.Generator | random.Random | np.random.Generator | np.random.RandomState
-_GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 # Drawn from ahead of the batches where there are workers; first, so that what is shared counts as theirs.
 _OF_SAMPLERS = ("batch_sampler", "sampler", "generator")
 _PARTS = (*_OF_SAMPLERS, "dataset", "collate_fn")
-_CLOSED = (str, bytes, numbers.Number, Tensor, np.ndarray, nn.Module, ModuleType, type, type(None), logging.Logger)
-# Lists of samples are not looked through.
-_MOST_ENTRIES, _MOST_OBJECTS = 100, 5000
 
 
 class _Counter(NamedTuple):
     owner: Any
     attribute: str
+    value: Any
 
 
 class Remembered:
     """The generators and counters of a loader.
 
     A number is taken for a counter if it has changed since the loader was given and belongs to a sampler, or has
-    "epoch" in its name.
+    "epoch" in its name: an int, a float or a NumPy scalar among an object's own attributes. Counters that the copies of
+    an object in worker processes keep are not kept.
 
     Args:
         loader: Any.
@@ -62,11 +55,14 @@ class Remembered:
         self._first = self._counted()
         self._at_start = self._all()
         self._has_warned = False
+        self._has_warned_of_cuts = False
         self._warn_of_iterators()
+        self._warn_of_cuts()
 
     def note_start(self) -> None:
         """Note what is remembered at the start of an epoch."""
         self._at_start = self._all()
+        self._warn_of_cuts()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is remembered now, and was at the start of the epoch, by path and as plain data."""
@@ -79,20 +75,21 @@ class Remembered:
             "generators_at_start": {path: value for path, value in self._at_start.items() if path not in same},
         }
 
-    def restore(self, saved: Any, *, with_samplers: bool = True) -> None:
+    def restore(self, saved: Any, *, with_samplers: bool = True, later: Any = ()) -> None:
         """Put everything to where it was.
 
         Args:
             saved: One of the two in `state_dict`.
             with_samplers: Whether also what the samplers have.
+            later: The other of the two: samplers may have what they made since the start of the epoch.
 
         Raises:
-            TrainerError: The samplers have other generators, or a generator is of another kind.
+            TrainerError: A sampler has a generator that was not saved, or a generator is of another kind.
         """
         parts = self._parts()
         found = generators_in(parts)
         saved = _by_path(saved, found)
-        if not self.has_same_samplers(saved):
+        if not _has_all_of_samplers(found, {**_by_path(later, found), **saved}):
             raise TrainerError(
                 f"{self._name} at resume",
                 received=f"samplers with the random generators {_of_samplers(found)}",
@@ -104,17 +101,19 @@ class Remembered:
             self._has_warned = warn_of_strangers(self._name, found, _states_only(wanted))
         counters = _counters(parts)
         for path in wanted.keys() & counters.keys():
-            owner, attribute = counters[path]
-            vars(owner)[attribute] = wanted[path]
+            owner, attribute, _ = counters[path]
+            set_own_attribute(owner, attribute, _number(wanted[path]))
 
-    def has_same_samplers(self, saved: Any) -> bool:
-        """Whether the samplers have the generators that they had.
+    def fits_samplers(self, saved: Any) -> bool:
+        """Whether all generators that the samplers have now were saved.
+
+        One that was saved may be missing: a sampler can make it at the start of an epoch.
 
         Args:
             saved: One of the two in `state_dict`.
         """
         found = generators_in(self._parts())
-        return _of_samplers(_states_only(_by_path(saved, found))) == _of_samplers(found)
+        return _has_all_of_samplers(found, _by_path(saved, found))
 
     def outside_samplers(self) -> list[str]:
         """Return the paths of generators that workers draw from, if there are any."""
@@ -123,8 +122,8 @@ class Remembered:
     def _all(self) -> dict[str, Any]:
         return {**states_of(generators_in(self._parts())), **self._counted()}
 
-    def _counted(self) -> dict[str, int]:
-        return {path: vars(counter.owner)[counter.attribute] for path, counter in _counters(self._parts()).items()}
+    def _counted(self) -> dict[str, Any]:
+        return {path: _plain_number(counter.value) for path, counter in _counters(self._parts()).items()}
 
     def _parts(self) -> dict[str, Any]:
         if not isinstance(self._loader, DataLoader):
@@ -134,9 +133,24 @@ class Remembered:
         rest = {key: own[key] for key in own if key not in left_out and not key.startswith("_DataLoader__")}
         return {**{part: getattr(self._loader, part) for part in _PARTS}, **rest}
 
+    def _warn_of_cuts(self) -> None:
+        if self._has_warned_of_cuts:
+            return
+        cuts: list[str] = []
+        for _ in reachable(self._parts(), cuts):
+            """The whole walk."""
+        if cuts:
+            self._has_warned_of_cuts = True
+            _LOGGER.warning(
+                "%s: random generators are not looked for in %s, so a resumed run may see other samples than an "
+                "uninterrupted one. Hold them as attributes of the data set, its transforms or the sampler",
+                self._name,
+                "; ".join(cuts[:3]),
+            )
+
     def _warn_of_iterators(self) -> None:
         for part, value in self._parts().items():
-            for path, attribute in _attributes(part, value):
+            for path, attribute in held(part, value):
                 if isinstance(attribute, GeneratorType):
                     _LOGGER.warning(
                         "%s: %s is a Python generator, whose position cannot be saved, so a resumed run will see other "
@@ -166,8 +180,8 @@ def generators_in(parts: Mapping[str, Any]) -> dict[str, Generator]:
     own_states = (torch.default_generator, getattr(random, "_inst", None), getattr(np.random.mtrand, "_rand", None))
     return {
         path: value
-        for path, value in _reachable(parts)
-        if isinstance(value, _GENERATORS)
+        for path, value in reachable(parts)
+        if isinstance(value, GENERATORS)
         and not isinstance(value, random.SystemRandom)
         and all(value is not own for own in own_states)
     }
@@ -208,7 +222,7 @@ def set_states(name: str, generators: Mapping[str, Generator], states: Mapping[s
 
 
 def warn_of_strangers(name: str, generators: Mapping[str, Generator], states: Mapping[str, Any]) -> bool:
-    """Name the generators outside samplers that are in the loader or in the checkpoint only.
+    """Name the generators that are in the checkpoint only and, outside samplers, in the loader only.
 
     Args:
         name: Of the loader.
@@ -227,7 +241,15 @@ def warn_of_strangers(name: str, generators: Mapping[str, Generator], states: Ma
             path,
             "in the checkpoint, but not there now" if path in states else "not in the checkpoint",
         )
-    return bool(strangers)
+    missing = [path for path in states.keys() - generators.keys() if _is_of_sampler(path)]
+    for path in sorted(missing):
+        _LOGGER.warning(
+            "%s: the random generator %s is in the checkpoint, but not there now. The resumed run has the order of an "
+            "uninterrupted one if the sampler makes and seeds it in __iter__",
+            name,
+            path,
+        )
+    return bool(strangers or missing)
 
 
 def _state(generator: Generator) -> Any:
@@ -278,7 +300,30 @@ def _by_path(saved: Any, found: Mapping[str, Generator]) -> dict[str, Any]:
 
 def _states_only(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Without the counters."""
-    return {path: state for path, state in saved.items() if not isinstance(state, int)}
+    return {path: state for path, state in saved.items() if not _is_saved_number(state)}
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it can be given back as the same type; the widest floats of NumPy cannot."""
+    if isinstance(value, np.generic):
+        return isinstance(value, (np.integer, np.floating)) and type(value.item()) in (int, float)
+    return type(value) in (int, float)
+
+
+def _plain_number(value: Any) -> Any:
+    return {"number": str(value.dtype), "value": value.item()} if isinstance(value, np.generic) else value
+
+
+def _is_saved_number(state: Any) -> bool:
+    return isinstance(state, (int, float)) or (isinstance(state, Mapping) and state.keys() == {"number", "value"})
+
+
+def _number(state: Any) -> Any:
+    return np.dtype(state["number"]).type(state["value"]) if isinstance(state, Mapping) else state
+
+
+def _has_all_of_samplers(found: Mapping[str, Generator], saved: Mapping[str, Any]) -> bool:
+    return set(_of_samplers(found)) <= set(_states_only(saved))
 
 
 def _of_samplers(paths: Mapping[str, Any]) -> list[str]:
@@ -291,57 +336,9 @@ def _is_of_sampler(path: str) -> bool:
 
 def _counters(parts: Mapping[str, Any]) -> dict[str, _Counter]:
     found = {}
-    for path, value in _reachable(parts):
+    for path, value in reachable(parts):
         is_sampler = path in _OF_SAMPLERS or isinstance(value, Sampler)
-        for attribute, number in getattr(value, "__dict__", {}).items():
-            if type(number) is int and (is_sampler or "epoch" in attribute):
-                found[f"{path}.{attribute}" if path else attribute] = _Counter(value, attribute)
+        for attribute, number in own_attributes(value).items():
+            if _is_number(number) and (is_sampler or "epoch" in attribute):
+                found[f"{path}.{attribute}" if path else attribute] = _Counter(value, attribute, number)
     return found
-
-
-def _reachable(parts: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Objects within objects, each once, the nearest first."""
-    waiting = deque(parts.items())
-    # Held, so that no other object gets the number of one that is gone.
-    seen: dict[int, Any] = {}
-    while waiting and len(seen) < _MOST_OBJECTS:
-        path, value = waiting.popleft()
-        if isinstance(value, _CLOSED) or id(value) in seen:
-            continue
-        seen[id(value)] = value
-        yield path, value
-        if not isinstance(value, _GENERATORS):
-            waiting.extend(_attributes(path, value))
-
-
-def _attributes(path: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, (list, tuple)):
-        if len(value) <= _MOST_ENTRIES:
-            yield from ((f"{path}[{index}]", entry) for index, entry in enumerate(value))
-    elif isinstance(value, dict):
-        if len(value) <= _MOST_ENTRIES:
-            yield from ((f"{path}[{key!r}]", entry) for key, entry in value.items())
-    elif isinstance(value, FunctionType):
-        yield from _of_function(path, value)
-    elif isinstance(value, MethodType):
-        yield from [(path, value.__self__), (path, value.__func__)]
-    elif isinstance(value, functools.partial):
-        yield from [(path, value.func), (f"{path}.args", value.args), (f"{path}.keywords", value.keywords)]
-    else:
-        dot = f"{path}." if path else ""
-        yield from ((dot + key, entry) for key, entry in list(getattr(value, "__dict__", {}).items()))
-        for name in ("__getitem__", "__getitems__", "__iter__", "__call__"):
-            function = getattr(type(value), name, None)
-            if isinstance(function, FunctionType):
-                yield dot + name, function
-
-
-def _of_function(path: str, function: FunctionType) -> Iterator[tuple[str, Any]]:
-    """What it closes over, and global generators that it names."""
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
-        with contextlib.suppress(ValueError):
-            yield f"{path}.{name}", cell.cell_contents
-    for name in function.__code__.co_names:
-        value = function.__globals__.get(name)
-        if isinstance(value, _GENERATORS):
-            yield f"{path}.{name}", value

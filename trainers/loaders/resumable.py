@@ -14,7 +14,8 @@ that draw one seed or one permutation per epoch, as torch's do, come out exactly
 generators at every index, between the draws of the model, needs a generator of its own.
 
 Generators that the samplers, the data set and ``collate_fn`` hold, torch's, numpy's and Python's, are found and put
-back as well, in worker processes too; so are counters of epochs (see `trainers.loaders.remembered`).
+back as well, in worker processes too; so are counters of epochs, those of this process
+(see `trainers.loaders.remembered`).
 """
 
 from __future__ import annotations
@@ -187,7 +188,7 @@ class _SkippingLoader:
     def resume(self, state: Mapping[str, Any], start_rng: RNGState | None, batch_idx: int) -> Iterator[Any]:
         _check_kind(self._name, state, "skipping")
         _check_batches(self._name, state, self._loader)
-        self._remembered.restore(state["generators_at_start"])
+        self._remembered.restore(state["generators_at_start"], later=state["generators"])
         if start_rng is not None:
             restore_rng_state(start_rng)
         iterator = self.start()
@@ -271,7 +272,7 @@ class _StatefulLoader:
                 fix="Change the number of workers between epochs only.",
             )
         _check_batches(self._name, state, self._given)
-        self._remembered.restore(state["generators_at_start"])
+        self._remembered.restore(state["generators_at_start"], later=state["generators"])
         if start_rng is not None:
             restore_rng_state(start_rng)
         self._loader.load_state_dict(state["loader"])
@@ -412,7 +413,7 @@ def _samplers_by_epoch(loader: Any) -> list[Any]:
 
 def _is_same_loader(name: str, state: Mapping[str, Any], kind: str, remembered: Remembered) -> bool:
     """Whether a state fits; between epochs another loader may take over, with an order of its own."""
-    is_same = state["kind"] == kind and remembered.has_same_samplers(state["generators"])
+    is_same = state["kind"] == kind and remembered.fits_samplers(state["generators"])
     if not is_same:
         _LOGGER.warning("%s is another loader than before: its order is not that of an uninterrupted run", name)
     return is_same

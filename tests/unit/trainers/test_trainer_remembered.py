@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 
 from tests.training_runs import BATCH, ROWS, OwnLoader, Recorder, Rows, assert_identical, final_state, make_objects
@@ -102,6 +102,90 @@ class Counting:
         return iter(np.random.default_rng(self.rounds).permutation(ROWS).tolist())
 
 
+class Reseeding:
+    """Makes its generator anew in every epoch."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return ROWS
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(7 + self.epoch)
+        self.epoch += 1
+        for _ in range(ROWS):
+            yield int(drawn(self.generator) * ROWS)
+
+
+class CountingNumbers(Counting):
+    """Counts in numbers of several types."""
+
+    __slots__ = ("in_slot",)
+
+    def __init__(self) -> None:
+        self.rounds, self.part, self.exact, self.small = 0, 0.0, np.int64(0), np.float32(0)
+        self.in_slot = 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.rounds += 1
+        self.part, self.exact, self.small = self.part + 0.5, self.exact + 1, self.small + np.float32(0.25)
+        self.in_slot += 3
+        seed = int(self.part * 2 + self.exact * 10 + self.small * 400 + self.in_slot * 1000)
+        return iter(np.random.default_rng(seed).permutation(ROWS).tolist())
+
+
+GLOBAL = np.random.default_rng(0)
+
+
+def augment(inputs: Tensor) -> Tensor:
+    return inputs + drawn(GLOBAL)
+
+
+class ClassLevel(Noisy):
+    rng = np.random.default_rng(0)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        inputs, targets = super().__getitem__(index)
+        return inputs + drawn(self.rng), targets
+
+
+class ByFunction(Noisy):
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        inputs, targets = super().__getitem__(index)
+        return augment(inputs), targets
+
+
+class ByMethod(Noisy):
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.load(index)
+
+    def load(self, index: int) -> tuple[Tensor, Tensor]:
+        inputs, targets = super().__getitem__(index)
+        return sum((entry for entry in [drawn(GLOBAL)]), inputs), targets
+
+
+class Compose(nn.Module):
+    def __init__(self, transforms: list[Any]) -> None:
+        super().__init__()
+        self.transforms = transforms
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        for transform in self.transforms:
+            inputs = transform(inputs)
+        return inputs
+
+
+class Slotted:
+    __slots__ = ("generator", "unset")
+
+    def __init__(self) -> None:
+        self.generator = np.random.default_rng(0)
+
+    def __call__(self, value: Tensor) -> Tensor:
+        return value + drawn(self.generator)
+
+
 class NoisyStream(IterableDataset):
     def __init__(self) -> None:
         self.rows = Rows()
@@ -119,6 +203,15 @@ def noisy_collate(rng: Any, samples: list[Any]) -> Any:
     return inputs + drawn(rng), targets
 
 
+HIDDEN: dict[str, Callable[[], Any]] = {
+    "class": lambda: ClassLevel([]),
+    "function": lambda: ByFunction([]),
+    "method": lambda: ByMethod([]),
+    "module": lambda: Noisy([Compose([nn.Sequential(Compose([Noise(np.random.default_rng(1))]))])]),
+    "slots": lambda: Noisy([Slotted()]),
+}
+
+
 def make_loader(kind: str, workers: int) -> Any:
     if kind in MAKERS:
         return DataLoader(Noisy([Noise(MAKERS[kind](7))]), BATCH, shuffle=True, num_workers=workers)
@@ -132,13 +225,34 @@ def make_loader(kind: str, workers: int) -> Any:
         return DataLoader(NoisyStream(), BATCH, num_workers=workers)
     if kind == "counting":
         return DataLoader(Rows(), BATCH, sampler=Counting(), num_workers=workers)
+    if kind == "numbers":
+        return DataLoader(Rows(), BATCH, sampler=CountingNumbers(), num_workers=workers)
+    if kind in HIDDEN:
+        # They outlast a run in this process.
+        for outlasting in (GLOBAL, ClassLevel.rng):
+            outlasting.bit_generator.state = np.random.default_rng(0).bit_generator.state
+        return DataLoader(HIDDEN[kind](), BATCH, num_workers=workers)
+    if kind == "reseeding":
+        return DataLoader(Noisy([Noise(random.Random(2))]), BATCH, sampler=Reseeding(), num_workers=workers)
     rng = np.random.default_rng(6)
     loader = OwnLoader if kind == "subclass" else DataLoader
     data = Noisy([Noise(rng)]) if kind == "shared" else Rows()
     return loader(data, BATCH, sampler=Drawing(rng), num_workers=workers)
 
 
-KINDS = [*MAKERS, "collate", "closure", "stream", "counting", "sampler", "shared", "subclass"]
+KINDS = [
+    *MAKERS,
+    *HIDDEN,
+    "collate",
+    "closure",
+    "stream",
+    "counting",
+    "numbers",
+    "reseeding",
+    "sampler",
+    "shared",
+    "subclass",
+]
 
 
 def fit(
@@ -194,6 +308,37 @@ def test_a_generator_that_is_made_later_is_named(tmp_path: Path, caplog: pytest.
     assert caplog.text.count("train_loader: the random generator dataset.rng is in the checkpoint, but not there") == 1
 
 
+@pytest.mark.parametrize("event", [1, 3, 5])
+def test_a_sampler_that_makes_its_generator_in_iter(
+    event: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fit(tmp_path, make_loader("reseeding", 0), event)
+    fit(tmp_path, make_loader("reseeding", 0))
+    assert "another loader" not in caplog.text
+    # Within the first epoch it was not there at the start either.
+    assert caplog.text.count("the random generator sampler.generator is in the checkpoint, but not") == (event > 3)
+
+
+def test_a_sampler_that_makes_its_generator_in_iter_between_epochs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = final_state(fit(tmp_path / "whole", make_loader("reseeding", 0)))
+    notes: dict[str, Any] = {}
+    fit(tmp_path / "first", make_loader("reseeding", 0), notes=notes, epochs=1)
+    again = fit(tmp_path / "first", make_loader("reseeding", 0), notes=notes)
+    assert "another loader" not in caplog.text
+    assert_identical(final_state(again)["model"], whole["model"])
+
+
+@pytest.mark.parametrize("event", [1, 5])
+def test_such_a_sampler_that_is_given_again_in_the_same_process(event: int, tmp_path: Path) -> None:
+    whole = final_state(fit(tmp_path / "whole", make_loader("reseeding", 0)))
+    notes: dict[str, Any] = {}
+    loader = make_loader("reseeding", 0)
+    fit(tmp_path / "stopped", loader, event, notes)
+    assert_identical(final_state(fit(tmp_path / "stopped", loader, None, notes)), whole)
+
+
 def test_what_cannot_be_saved_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
     data = Noisy([])
     data.order = (index for index in range(3))  # type: ignore[attr-defined]
@@ -230,6 +375,56 @@ def test_checkpoints_of_earlier_versions() -> None:
     assert generator.get_state().equal(before)
     with pytest.raises(TrainerError, match=r"\['generator'\]; expected \[\]"):
         remembered.restore([])
+
+
+def test_what_limits_leave_out_is_named_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Noisy([])
+    data.paths = [("a", {"label": index}) for index in range(101)]  # type: ignore[attr-defined]
+    Remembered(DataLoader(data), "train_loader").note_start()
+    assert not caplog.text
+    data.many = [Noise(random.Random(0)) for _ in range(101)]  # type: ignore[attr-defined]
+    Remembered(DataLoader(data), "train_loader").note_start()
+    assert caplog.text.count("are not looked for in dataset.many, which has more than 100 entries") == 1
+    monkeypatch.setattr("trainers.loaders.reachable._MOST_OBJECTS", 3)
+    Remembered(DataLoader(data), "train_loader").note_start()
+    assert caplog.text.count("are not looked for in what lies beyond the first 3 objects") == 1
+
+
+def test_nothing_of_the_objects_is_run() -> None:
+    class Unwilling:
+        __slots__ = ("rng",)
+
+        def __init__(self) -> None:
+            self.rng = random.Random(0)
+
+        def __getattr__(self, name: str) -> Any:
+            raise AssertionError(name)
+
+        @property
+        def ready(self) -> Any:
+            raise AssertionError("a property")
+
+        def __eq__(self, other: object) -> bool:
+            raise AssertionError("==")
+
+        def __hash__(self) -> int:
+            raise AssertionError("hash")
+
+    assert list(generators_in({"dataset": Unwilling()})) == ["dataset.rng"]
+
+
+def test_other_ways_to_hold_a_generator() -> None:
+    def with_default(value: float, rng: Any = random.Random(1)) -> float:  # noqa: B008
+        return value + rng.random()
+
+    held = {
+        "default": with_default,
+        "bound": random.Random(2).random,
+        "numpy": np.random.default_rng(3).normal,
+        "static": Noisy([staticmethod(with_default)]),
+    }
+    found = generators_in(held)
+    assert list(found) == ["bound", "numpy", "default.__defaults__[0]"]
 
 
 def test_global_generators_and_large_lists_are_left_out() -> None:
