@@ -323,7 +323,7 @@ def _join_optimizers(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _select_classes(content: Mapping[str, Any], chosen: Sequence[int], count: int) -> dict[str, Any] | None:
-    """The classes of what `select_models` keeps; None in a checkpoint of an earlier version, which does not say them."""
+    """The classes of what `select_models` keeps; None in checkpoints of earlier versions, which do not say them."""
     classes, states = content.get("classes"), content["scheduler_state_dict"]
     if classes is None or states is None or not _are_per_model(states, count):
         return classes
