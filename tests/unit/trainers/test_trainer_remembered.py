@@ -290,9 +290,9 @@ def test_in_worker_processes(kind: str, tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", IN_WORKERS)
-def test_in_worker_processes_after_any_batch(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_worker_processes_of_every_kind(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainers.loaders.resumable._BATCHES_PER_SNAPSHOT", 1)
-    check(kind, 2, tuple(range(8)), tmp_path)
+    check(kind, 2, (2, 5), tmp_path)
 
 
 def test_a_loader_that_is_given_again_in_the_same_process(tmp_path: Path) -> None:
