@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -253,9 +254,15 @@ KINDS = [
     "shared",
     "subclass",
 ]
-# Beside threads of other tests' JAX: what cannot be pickled makes the loader fork its workers, which is unsafe there, and
-# PyTorch cannot always send a torch.Generator to a process that is not forked.
-IN_WORKERS = [kind for kind in KINDS if kind not in ("closure", "torch")]
+# What cannot be pickled is left out: its workers would be forked.
+IN_WORKERS = [kind for kind in KINDS if kind != "closure"]
+
+
+@pytest.fixture
+def without_jax() -> None:
+    """Workers beside JAX's threads are not forked, and PyTorch cannot always send its generators to others."""
+    if "jax" in sys.modules:
+        pytest.skip("another test has loaded JAX in this process")
 
 
 def fit(
@@ -282,6 +289,7 @@ def test_generators_and_counters_of_ones_own(kind: str, tmp_path: Path) -> None:
     check(kind, 0, (1, 3, 5), tmp_path)
 
 
+@pytest.mark.usefixtures("without_jax")
 @pytest.mark.parametrize("kind", ["numpy", pytest.param("counting", marks=pytest.mark.long)])
 def test_in_worker_processes(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Otherwise an epoch of so few batches is drawn anew as a whole.
@@ -290,6 +298,7 @@ def test_in_worker_processes(kind: str, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("without_jax")
 @pytest.mark.parametrize("kind", IN_WORKERS)
 def test_in_worker_processes_of_every_kind(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainers.loaders.resumable._BATCHES_PER_SNAPSHOT", 1)
