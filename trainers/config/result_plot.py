@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainers.config.errors import ConfigurationError, problem
-from trainers.config.result_table import FoundExperiment, last_value, sign_of
+from trainers.config.modes import sign_of
+from trainers.config.result_table import FoundExperiment, last_value
 
 # More names than these would hide the curves.
 _NAMED = 5

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.config.errors import ConfigurationError, problem
+from trainers.config.modes import sign_of
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -150,24 +151,6 @@ def last_value(values: Mapping[int, float]) -> float:
         0.25
     """
     return values[max(values)]
-
-
-def sign_of(mode: str) -> int:
-    """Return by what values are multiplied for the smallest to be the best.
-
-    Args:
-        mode: ``"min"`` or ``"max"``.
-
-    Raises:
-        ConfigurationError: There is no such mode.
-
-    Example:
-        >>> sign_of("max")
-        -1
-    """
-    if mode not in ("min", "max"):
-        raise ConfigurationError(problem("mode", mode, "'min' or 'max'"))
-    return 1 if mode == "min" else -1
 
 
 def _metrics_in(path: Path, rows: list[list[str]]) -> Metrics:

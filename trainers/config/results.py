@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainers.config.grid import ParameterGrid
+from trainers.config.modes import sign_of
 from trainers.config.naming import NamingStrategy
 from trainers.config.result_plot import plot_curves
-from trainers.config.result_table import FoundExperiment, best_row, sign_of
+from trainers.config.result_table import FoundExperiment, best_row
 
 if TYPE_CHECKING:
     from trainers.config.schema import ExperimentConfig

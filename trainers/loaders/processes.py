@@ -2,7 +2,7 @@
 
 On Linux a worker begins as a copy of the process ("fork"). A copy lacks the process's threads, but not the locks that
 they held: where a backend has threads of its own, the copy may wait forever. Workers are then made by a process
-without threads ("forkserver").
+without threads ("forkserver"), and what they need is sent to them.
 
 Schedulers send their signals to all processes of a job. They are for the trainer, which saves and stops at the next
 boundary; until then it needs its workers.
@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
@@ -51,10 +52,13 @@ def can_fork(model: nn.Module) -> bool:
         model: A module or a `ModelBatch`.
 
     Returns:
-        False from the first model on whose backend has threads that a forked process would lack.
+        False from the first model on whose backend has threads that a forked process would lack, and where the
+        caller's own code has run JAX.
     """
     if isinstance(model, ModelBatch) and not model.backend.capabilities.survives_fork:
         _threaded_backends.add(model.backend.name)
+    if _has_run_jax():
+        _threaded_backends.add("jax")
     return not _threaded_backends
 
 
@@ -167,6 +171,34 @@ def signals_kept(start: WorkerStart, context: Any) -> Iterator[None]:
     finally:
         # What has come meanwhile is handled now.
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _has_run_jax() -> bool:
+    """Whether JAX has threads in this process, whoever called it."""
+    if "jax" not in sys.modules:
+        return False
+    has_backends = getattr(sys.modules.get("jax._src.xla_bridge"), "backends_are_initialized", None)
+    # No public name tells. A release without this one may have run.
+    return has_backends is None or has_backends()
+
+
+def _reduce_generator(generator: torch.Generator) -> tuple[Any, ...]:
+    """Send a generator's state by value.
+
+    PyTorch sends it as a tensor in shared memory that is gone before the process begins, which then ends with "unable
+    to resize file" (seen with PyTorch 2.13).
+    """
+    return _generator, (str(generator.device), generator.get_state().numpy().tobytes())
+
+
+def _generator(device: str, state: bytes) -> torch.Generator:
+    generator = torch.Generator(device)
+    generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+    return generator
+
+
+# From the import on, as torch's own ways to send tensors.
+ForkingPickler.register(torch.Generator, _reduce_generator)
 
 
 def _start_method(context: Any) -> str:

@@ -242,11 +242,11 @@ class _StatefulLoader:
 
     def start(self) -> Iterator[Any]:
         self._remembered.note_start()
+        quiet = signals_kept(self._worker_start, self._loader.multiprocessing_context)
+        with quiet if self._num_workers else contextlib.nullcontext():
+            batches = iter(self._loader)
         self._is_running = True
-        if not self._num_workers:
-            return iter(self._loader)
-        with signals_kept(self._worker_start, self._loader.multiprocessing_context):
-            return iter(self._loader)
+        return batches
 
     def state_dict(self) -> dict[str, Any]:
         if self._last_state is not None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from trainers.callbacks import TrainingCallback
+from trainers.config.modes import sign_of
 from trainers.errors import TrainerError
-from trainers.population.halving import sign_of
 from trainers.population.history import History
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from trainers.config.errors import ConfigurationError, ValidationError, problem
+from trainers.config.errors import ValidationError, problem
+from trainers.config.modes import sign_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,21 +92,3 @@ def ranked(values: Mapping[str, float], mode: str) -> list[str]:
     sign = sign_of(mode)
     finite = {model: sign * value for model, value in values.items() if math.isfinite(value)}
     return sorted(finite, key=lambda model: finite[model])
-
-
-def sign_of(mode: str) -> int:
-    """Return by what values are multiplied for the smallest to be the best.
-
-    Args:
-        mode: ``"min"`` or ``"max"``.
-
-    Raises:
-        ConfigurationError: There is no such mode.
-
-    Example:
-        >>> sign_of("min"), sign_of("max")
-        (1, -1)
-    """
-    if mode not in ("min", "max"):
-        raise ConfigurationError(problem("mode", mode, "'min' or 'max'"))
-    return 1 if mode == "min" else -1

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import random
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, defa
 
 from tests.training_runs import BATCH, ROWS, OwnLoader, Recorder, Rows, assert_identical, final_state, make_objects
 from trainers.errors import TrainerError
+from trainers.loaders import resumable
+from trainers.loaders.processes import can_fork
 from trainers.loaders.remembered import Remembered, generators_in
 from trainers.loaders.resumable import make_resumable
 from trainers.settings import GenericTrainerConfig
@@ -254,15 +256,6 @@ KINDS = [
     "shared",
     "subclass",
 ]
-# What cannot be pickled is left out: its workers would be forked.
-IN_WORKERS = [kind for kind in KINDS if kind != "closure"]
-
-
-@pytest.fixture
-def without_jax() -> None:
-    """Workers beside JAX's threads are not forked, and PyTorch cannot always send its generators to others."""
-    if "jax" in sys.modules:
-        pytest.skip("another test has loaded JAX in this process")
 
 
 def fit(
@@ -289,20 +282,41 @@ def test_generators_and_counters_of_ones_own(kind: str, tmp_path: Path) -> None:
     check(kind, 0, (1, 3, 5), tmp_path)
 
 
-@pytest.mark.usefixtures("without_jax")
-@pytest.mark.parametrize("kind", ["numpy", pytest.param("counting", marks=pytest.mark.long)])
-def test_in_worker_processes(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Otherwise an epoch of so few batches is drawn anew as a whole.
-    monkeypatch.setattr("trainers.loaders.resumable._BATCHES_PER_SNAPSHOT", 1)
-    check(kind, 2, (5,), tmp_path)
+@pytest.mark.parametrize("kind", ["numpy", "closure", pytest.param("counting", marks=pytest.mark.long)])
+def test_in_worker_processes(kind: str, tmp_path: Path) -> None:
+    check_with_workers(kind, (5,), tmp_path)
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("without_jax")
-@pytest.mark.parametrize("kind", IN_WORKERS)
-def test_in_worker_processes_of_every_kind(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainers.loaders.resumable._BATCHES_PER_SNAPSHOT", 1)
-    check(kind, 2, (2, 5), tmp_path)
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_worker_processes_of_every_kind(kind: str, tmp_path: Path) -> None:
+    check_with_workers(kind, (2, 5), tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["torch", "class", "module", "stream", "subclass"])
+def test_in_worker_processes_beside_jax(kind: str, tmp_path: Path) -> None:
+    check_with_workers(kind, (5,), tmp_path, beside_jax=True)
+
+
+def check_with_workers(kind: str, events: tuple[int, ...], folder: Path, beside_jax: bool = False) -> None:
+    """In a process of its own, which other tests have not given threads."""
+    arguments = (kind, events, folder, beside_jax)
+    process = multiprocessing.get_context("spawn").Process(target=_check_with_workers, args=arguments)
+    process.start()
+    process.join(300)
+    assert process.exitcode == 0
+
+
+def _check_with_workers(kind: str, events: tuple[int, ...], folder: Path, beside_jax: bool) -> None:
+    # A process that was spawned would spawn its own as well.
+    multiprocessing.set_start_method("fork", force=True)
+    if beside_jax:
+        pytest.importorskip("jax").devices()
+    assert can_fork(nn.Linear(1, 1)) != beside_jax
+    # Otherwise an epoch of so few batches is drawn anew as a whole.
+    resumable._BATCHES_PER_SNAPSHOT = 1
+    check(kind, 2, events, folder)
 
 
 def test_a_loader_that_is_given_again_in_the_same_process(tmp_path: Path) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +31,7 @@ from trainers.loaders.processes import can_fork, safe_context
 from trainers.loaders.resumable import make_resumable
 
 REPOSITORY = Path(__file__).parents[3]
+HAS_RUN_JAX = processes._has_run_jax
 
 
 class Facts(Dataset):
@@ -73,6 +76,8 @@ LOADERS: dict[str, Callable[..., DataLoader]] = {
 @pytest.fixture(autouse=True)
 def _no_threads_noted(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(processes, "_threaded_backends", set())
+    # Other tests of this process may have run it.
+    monkeypatch.setattr(processes, "_has_run_jax", lambda: False)
     caplog.set_level(logging.INFO)
 
 
@@ -183,6 +188,37 @@ def test_backends_say_whether_they_survive_a_fork() -> None:
     assert not can_fork(ModelBatch(models, backend="jax"))
     # Its threads stay, whatever is trained next.
     assert not can_fork(models[0])
+
+
+# A release without that name may have run.
+@pytest.mark.parametrize("internals", [{"backends_are_initialized": lambda: True}, {}])
+def test_threads_of_a_jax_that_the_user_runs(internals: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_has_run_jax", HAS_RUN_JAX)
+    monkeypatch.delitem(sys.modules, "jax", raising=False)
+    monkeypatch.setitem(sys.modules, "jax._src.xla_bridge", SimpleNamespace(**internals))
+    assert can_fork(nn.Linear(2, 1))
+    monkeypatch.setitem(sys.modules, "jax", ModuleType("jax"))
+    assert not can_fork(nn.Linear(2, 1))
+
+
+def test_a_torch_generator_is_sent_by_value() -> None:
+    generator = torch.Generator().manual_seed(3)
+    torch.rand(5, generator=generator)
+    sent = bytes(ForkingPickler.dumps([generator, generator]))
+    first, second = pickle.loads(sent)
+    assert first is second
+    assert first.initial_seed() == 3
+    torch.testing.assert_close(torch.rand(4, generator=first), torch.rand(4, generator=generator), rtol=0, atol=0)
+    # A tensor of its state would be one in shared memory, which is gone before a worker can open it.
+    assert b"rebuild_storage" not in sent
+
+
+def test_a_loader_whose_workers_cannot_start_fails_once() -> None:
+    loader = make_resumable(DataLoader(WithFunction(), num_workers=1, multiprocessing_context="spawn"), "train_loader")
+    with pytest.raises(AttributeError, match="Can't pickle local object"):
+        loader.start()
+    # In the end of `fit`.
+    loader.close()
 
 
 @pytest.mark.long
