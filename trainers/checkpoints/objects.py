@@ -54,7 +54,7 @@ def kept_on_failure(trainer: GenericTrainer, schedulers: Sequence[Any]) -> Itera
     before = _copied(trainer, schedulers)
     try:
         yield
-    except Exception:
+    except BaseException:
         _put_back(trainer, schedulers, before)
         raise
 
