@@ -1,9 +1,13 @@
-"""The buffers of a model as they were before a batch, for batches that are left out."""
+"""Buffers that a forward pass has moved, put back: those of a batch that is left out, those of stopped models."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+
+from mb_torch import ModelBatch
 
 
 class KeptBuffers:
@@ -50,6 +54,34 @@ class KeptBuffers:
         for (table, name, buffer), copied in zip(self._places, self._copies, strict=True):
             _own_elements(buffer).copy_(copied)
             table[name] = buffer
+
+
+class KeptRows:
+    """A copy of the buffers of models that were stopped, which a forward pass of all models moves.
+
+    Args:
+        model: All models.
+        stopped: Which were stopped.
+
+    Example:
+        >>> batch = ModelBatch([nn.BatchNorm1d(1) for _ in range(2)])
+        >>> kept = KeptRows(batch, [1])
+        >>> _ = batch(torch.ones(4, 1))
+        >>> kept.put_back()
+        >>> batch.stacked_buffers["running_mean"].flatten().tolist()
+        [0.10000000149011612, 0.0]
+    """
+
+    def __init__(self, model: ModelBatch, stopped: Sequence[int]) -> None:
+        self._model = model
+        self._stopped = list(stopped)
+        self._copies = {name: buffer[self._stopped].clone() for name, buffer in model.stacked_buffers.items()}
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Give the stopped models the values that they had when they were stopped."""
+        for name, buffer in self._model.stacked_buffers.items():
+            buffer[self._stopped] = self._copies[name]
 
 
 def _own_elements(buffer: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from mb_torch import GradScaler, ModelBatch, keep_freed_memory
 from trainers.config.errors import ConfigurationError
 from trainers.errors import TrainerError
-from trainers.kept_buffers import KeptBuffers
+from trainers.kept_buffers import KeptBuffers, KeptRows
 from trainers.per_model import PerModel
 from trainers.settings import GenericTrainerConfig
 from trainers.states import TrainerPhase
@@ -119,9 +119,14 @@ class AutogradTraining(_Base):
                 "on_nan_loss: received 'freeze'; expected 'stop' or 'skip', because models can be frozen only in a "
                 "ModelBatch that is trained with loss_fn="
             )
+        if isinstance(model, ModelBatch) and config.early_stopping_patience is not None:
+            _check_freezes(optimizer, model.num_models)
+            self.patiences = [config.early_stopping_patience] * model.num_models
         self._training_step = training_step
         self._set_phase = set_phase
         self._kept_buffers = KeptBuffers(model) if self._nan_policy == "skip" else None
+        self._stopped: list[int] = []
+        self._kept_rows: KeptRows | None = None
         # As a `ModelBatch` does: gradients and activations are as large in the next step.
         keep_freed_memory()
         optimizer.zero_grad(set_to_none=True)
@@ -141,6 +146,9 @@ class AutogradTraining(_Base):
             share = loss if self._accumulate == 1 else loss / self._accumulate
             scaled = share if self.scaler is None else self.scaler.scale(share)
             (scaled.sum() if scaled.dim() else scaled).backward()
+        if self._kept_rows is not None:
+            # Not before: the backward pass may use the buffers as the forward pass left them.
+            self._kept_rows.put_back()
         has_stepped = self._step() if self.micro_step == self._accumulate else False
         return BatchResult(logs, has_stepped, is_skipped)
 
@@ -149,7 +157,10 @@ class AutogradTraining(_Base):
         return self._step() if self.micro_step else False
 
     def set_active(self, active: Tensor | None) -> None:
-        """Nothing to freeze: where the only model has stopped, the run ends."""
+        """See `Training`; where the only model has stopped, the run ends."""
+        self._stopped = [] if active is None else (~active).nonzero().flatten().tolist()
+        if isinstance(self.model, ModelBatch):
+            self._kept_rows = KeptRows(self.model, self._stopped) if self._stopped else None
 
     def _step(self) -> bool:
         """Clip and update; False if every batch since the last step was skipped."""
@@ -158,6 +169,11 @@ class AutogradTraining(_Base):
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if all(parameter.grad is None for parameter in parameters):
             return False
+        if self._kept_rows is not None:
+            # What has no gradient is left out by the optimizer, with its decay and its state.
+            for model in self._stopped:
+                for view in self.optimizer.param_groups[model]["params"]:
+                    view.grad = None
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         if self._max_norm is not None:
@@ -234,13 +250,8 @@ class FusedTraining(_Base):
             )
         patiences = per_model.patiences(model.num_models, config)
         freezes = self._nan_policy == "freeze" or any(patience is not None for patience in patiences)
-        if freezes and getattr(optimizer, "num_models", None) != model.num_models:
-            # Found out at the first model to be frozen otherwise, which may be after hours.
-            raise ConfigurationError(
-                f"optimizer: received a {type(optimizer).__name__} over stacked parameters, which updates all models "
-                "or none; expected one made by OptimizerFactory, because early stopping and on_nan_loss='freeze' "
-                "freeze models one by one"
-            )
+        if freezes:
+            _check_freezes(optimizer, model.num_models)
         self.patiences = patiences
         self._set_phase = set_phase
         self._freeze = freeze
@@ -392,6 +403,16 @@ def _make_scaler(model: nn.Module, config: GenericTrainerConfig) -> Any:
 def _are_finite(losses: Tensor) -> bool:
     # Of finite numbers the sum is finite, unless it overflows; it costs a fraction of the look at each.
     return math.isfinite(float(losses.sum())) or bool(losses.isfinite().all())
+
+
+def _check_freezes(optimizer: torch.optim.Optimizer, num_models: int) -> None:
+    """Refuse an optimizer that cannot leave models out; it would come out at the first of them, maybe after hours."""
+    if getattr(optimizer, "num_models", None) != num_models:
+        raise ConfigurationError(
+            f"optimizer: received a {type(optimizer).__name__} over stacked parameters, which updates all models "
+            "or none; expected one made by OptimizerFactory, because early stopping and on_nan_loss='freeze' "
+            "freeze models one by one"
+        )
 
 
 def _broken_weights(model: nn.Module) -> list[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from trainers.errors import TrainerError
 from trainers.ranks import of_first_rank
 from trainers.reporting.metrics import MetricSums, epoch_logs, required
 from trainers.schedules import StoppedGroups, step_schedulers
@@ -142,6 +143,13 @@ class Results:
     def _stop_early(self, logs: Mapping[str, Any]) -> None:
         key = self.trainer.config.early_stopping_metric
         if self._stops_models_one_by_one():
+            if key in logs and key not in self.trainer.model_metrics:
+                raise TrainerError(
+                    f"early_stopping_metric = {key!r}",
+                    received="one value for all models",
+                    expected=f"a tensor [{self._loop.training.num_models}] from the step function, because each model "
+                    "stops on its own",
+                )
             values = required(self.trainer.model_metrics, key, "early_stopping_metric")
         else:
             values = [required(logs, key, "early_stopping_metric")]

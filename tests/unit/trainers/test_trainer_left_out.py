@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mb_torch import ModelBatch, OptimizerFactory
-from tests.compare import assert_equal
+from tests.compare import assert_close, assert_equal
 from tests.training_runs import make_loader
+from trainers.config.errors import ConfigurationError
 from trainers.errors import TrainerError
 from trainers.generic import GenericTrainer
 from trainers.kept_buffers import KeptBuffers
@@ -169,3 +170,66 @@ def test_the_schedule_of_a_stopped_model_stands_still(interval: str, is_shared: 
     assert rates == pytest.approx([1e-30 * 0.5 ** (2 * steps), 0.01 * 0.5 ** (5 * steps)], rel=1e-9, abs=0)
     if not is_shared:
         assert [own.last_epoch for own in schedulers] == [2 * steps, 5 * steps]
+
+
+class OwnSteps(GenericTrainer):
+    """What the fused step does, by autograd."""
+
+    reduction = "none"
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        return {"loss": self._losses(batch, "sum")}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        return {"val_loss": self._losses(batch, self.reduction)}
+
+    def _losses(self, batch: Any, reduction: str) -> Tensor:
+        inputs, targets = batch
+        return self.model.compute_loss(self.model(inputs), targets, nn.functional.mse_loss, reduction=reduction)
+
+
+def _fit_with_early_stopping(
+    trainer_class: type[GenericTrainer], folder: Path, backend: str = "torch", epochs: int = 8
+) -> tuple[GenericTrainer, dict[str, Any]]:
+    torch.manual_seed(0)
+    batch = ModelBatch([_model() for _ in range(3)], backend=backend)
+    configs = [{"lr": rate, "weight_decay": 0.1} for rate in (0.0003, 1.0, 0.01)]
+    optimizer = OptimizerFactory(torch.optim.Adam).create_optimizer(batch, configs)
+    config = GenericTrainerConfig(
+        checkpoint_dir=str(folder), max_epochs=epochs, early_stopping_patience=1, max_grad_norm=1.0
+    )
+    trainer = trainer_class(config, loss_fn=None if trainer_class is OwnSteps else nn.functional.mse_loss)
+    batches = make_loader("list")
+    trainer.fit(batch, optimizer, batches, batches)
+    return trainer, copy.deepcopy({"model": batch.state_dict(), "optimizer": optimizer.state_dict()})
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_models_stop_one_by_one_in_ones_own_step(backend: str, tmp_path: Path) -> None:
+    fused, expected = _fit_with_early_stopping(GenericTrainer, tmp_path / "fused", backend)
+    own, state = _fit_with_early_stopping(OwnSteps, tmp_path / "own", backend)
+    assert 0 < len(own.stopped_models) < 3
+    assert own.stopped_models.keys() == fused.stopped_models.keys()
+    assert own.global_step == fused.global_step
+    assert_close(state, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_models_that_stopped_in_ones_own_step_stay_so_after_a_resume(tmp_path: Path) -> None:
+    _, expected = _fit_with_early_stopping(OwnSteps, tmp_path / "whole")
+    part, _ = _fit_with_early_stopping(OwnSteps, tmp_path / "part", epochs=5)
+    assert part.stopped_models
+    _, state = _fit_with_early_stopping(OwnSteps, tmp_path / "part")
+    assert_equal(state, expected)
+
+
+def test_early_stopping_of_a_batch_needs_a_value_of_each_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OwnSteps, "reduction", "sum")
+    with pytest.raises(TrainerError, match=r"one value for all models; expected a tensor \[3\]"):
+        _fit_with_early_stopping(OwnSteps, tmp_path)
+
+
+def test_early_stopping_of_a_batch_needs_an_optimizer_that_leaves_models_out(tmp_path: Path) -> None:
+    batch = ModelBatch([_model() for _ in range(2)])
+    trainer = OwnSteps(GenericTrainerConfig(checkpoint_dir=str(tmp_path), early_stopping_patience=1))
+    with pytest.raises(ConfigurationError, match="made by OptimizerFactory"):
+        trainer.fit(batch, torch.optim.SGD(batch.parameters(), lr=0.1), make_loader("list"), make_loader("list"))
