@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from trainers.loaders.remembered import generators_in, set_states, states_of, warn_of_strangers
+from trainers.loaders.remembered import generators_in, set_states, states_of, warn_of_unmatched
 from trainers.states import RNGState, capture_rng_state, restore_rng_state, rng_to_dict
 
 
@@ -109,7 +109,7 @@ class WithWorkerRandomness:
         if states is not None:
             name = f"{self._of_loader[1]}, in a worker process"
             set_states(name, found, states)
-            warn_of_strangers(name, found, states)
+            warn_of_unmatched(name, found, states)
 
     def _parts(self) -> dict[str, Any]:
         return {"dataset": self._dataset, "collate_fn": self._of_loader[0]}

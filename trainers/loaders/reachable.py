@@ -21,25 +21,27 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-Generator = torch.Generator | random.Random | np.random.Generator | np.random.RandomState
-GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
+Generator = torch.Generator | random.Random | np.random.Generator | np.random.RandomState | np.random.BitGenerator
+GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
 
-_CLOSED = (str, bytes, numbers.Number, Tensor, np.ndarray, ModuleType, type, type(None), logging.Logger)
+_PLAIN = (str, bytes, numbers.Number, Tensor, np.ndarray, ModuleType, type, type(None), logging.Logger)
+# What an optimizer and a schedule count is theirs to save.
+_CLOSED = (*_PLAIN, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
 # Lists of samples are not looked through, but for a few, to see whether they hold generators.
 _MOST_ENTRIES, _MOST_OBJECTS, _TRIED_ENTRIES, _TRIED_OBJECTS = 100, 5000, 3, 50
 # What these define has no generators of a user's; their objects may.
 _LIBRARIES = {*sys.stdlib_module_names, "numpy", "torch", "torchaudio", "torchdata", "torchvision"}
 _INSTALLED = ("site-packages", "dist-packages")
+_CONTAINERS = (list, tuple, dict, deque)
 # Parameters, buffers, hooks: those of a large module would fill the walk.
 _OF_MODULES = frozenset(vars(nn.Module())) - {"_modules"}
 
 
-def reachable(parts: Mapping[str, Any], cuts: list[str] | None = None) -> Iterator[tuple[str, Any]]:
+def reachable(parts: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Walk through objects within objects.
 
     Args:
         parts: Objects by name.
-        cuts: Takes what was left out although it may hold generators, in words.
 
     Returns:
         Each object once, the nearest first, by its path.
@@ -48,7 +50,25 @@ def reachable(parts: Mapping[str, Any], cuts: list[str] | None = None) -> Iterat
         >>> [path for path, value in reachable({"dataset": [random.Random(0)]}) if isinstance(value, GENERATORS)]
         ['dataset[0]']
     """
-    cuts = [] if cuts is None else cuts
+    return _walk(parts, [])
+
+
+def cuts_of(parts: Mapping[str, Any]) -> list[str]:
+    """Return what `reachable` leaves out although it may hold generators, in words.
+
+    Args:
+        parts: Objects by name.
+
+    Example:
+        >>> cuts_of({"dataset": [random.Random(0)] * 200})
+        ['dataset, which has more than 100 entries']
+    """
+    cuts: list[str] = []
+    deque(_walk(parts, cuts), maxlen=0)
+    return cuts
+
+
+def _walk(parts: Mapping[str, Any], cuts: list[str]) -> Iterator[tuple[str, Any]]:
     waiting = deque(parts.items())
     # Held, so that no other object gets the number of one that is gone.
     seen: dict[int, Any] = {}
@@ -65,6 +85,8 @@ def reachable(parts: Mapping[str, Any], cuts: list[str] | None = None) -> Iterat
             continue
         if _holds_too_many(value) and _some_entries_hold_generators(value):
             cuts.append(f"{path}, which has more than {_MOST_ENTRIES} entries")
+        if _is(value, (set, frozenset)) and _some_entries_hold_generators(value):
+            cuts.append(f"{path}, a set, which has another order in every process")
         waiting.extend(held(path, value))
 
 
@@ -78,7 +100,7 @@ def held(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     Returns:
         Objects by their paths.
     """
-    if _is(value, (list, tuple, dict)) and not _holds_too_many(value):
+    if _is(value, _CONTAINERS) and not _holds_too_many(value):
         yield from _entries(path, value)
     yield from _uses(path, value)
 
@@ -144,10 +166,13 @@ def _package(module: str) -> str:
 
 
 def _holds_too_many(value: Any) -> bool:
-    for kind in (list, tuple, dict):
-        if _is(value, (kind,)):
-            return kind.__len__(value) > _MOST_ENTRIES
-    return False
+    kind = _container(value)
+    return kind is not None and kind.__len__(value) > _MOST_ENTRIES
+
+
+def _container(value: Any) -> Any:
+    """Whose methods are to be called: a subclass may do something else."""
+    return next((kind for kind in _CONTAINERS if _is(value, (kind,))), None)
 
 
 def _entries(path: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -156,8 +181,8 @@ def _entries(path: str, value: Any) -> Iterator[tuple[str, Any]]:
             # Any other key may write itself differently in the next run.
             yield f"{path}[{key!r}]" if type(key) in (str, int) else f"{path}[key {index}]", entry
     else:
-        kind = list if _is(value, (list,)) else tuple
-        yield from ((f"{path}[{index}]", entry) for index, entry in enumerate(kind.__iter__(value)))
+        entries = list(_container(value).__iter__(value))
+        yield from ((f"{path}[{index}]", entry) for index, entry in enumerate(entries))
 
 
 def _some_entries_hold_generators(value: Any) -> bool:
@@ -169,7 +194,7 @@ def _some_entries_hold_generators(value: Any) -> bool:
         if _is(entry, GENERATORS):
             return True
         if not _is(entry, _CLOSED):
-            if _is(entry, (list, tuple, dict)) and not _holds_too_many(entry):
+            if _is(entry, _CONTAINERS) and not _holds_too_many(entry):
                 waiting.extend(inner for _, inner in _entries("", entry))
             waiting.extend(own_attributes(entry).values())
     return False

@@ -17,13 +17,23 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from trainers.errors import TrainerError
-from trainers.loaders.reachable import GENERATORS, Generator, held, own_attributes, reachable, set_own_attribute
+from trainers.loaders.reachable import (
+    GENERATORS,
+    Generator,
+    cuts_of,
+    held,
+    own_attributes,
+    reachable,
+    set_own_attribute,
+)
 
 _LOGGER = logging.getLogger(__name__)
 
 # Drawn from ahead of the batches where there are workers; first, so that what is shared counts as theirs.
 _OF_SAMPLERS = ("batch_sampler", "sampler", "generator")
 _PARTS = (*_OF_SAMPLERS, "dataset", "collate_fn")
+# In the state of a generator of NumPy: how many others were made from it.
+_SPAWNED = "n_children_spawned"
 
 
 class _Counter(NamedTuple):
@@ -52,7 +62,7 @@ class Remembered:
     def __init__(self, loader: Any, name: str) -> None:
         self._loader = loader
         self._name = name
-        self._first = self._counted()
+        self._at_construction = self._counted()
         self._at_start = self._all()
         self._has_warned = False
         self._has_warned_of_cuts = False
@@ -68,19 +78,20 @@ class Remembered:
         """Return what is remembered now, and was at the start of the epoch, by path and as plain data."""
         now = self._all()
         same = [
-            path for path, value in self._first.items() if now.get(path) == value and self._at_start.get(path) == value
+            path
+            for path, value in self._at_construction.items()
+            if now.get(path) == value and self._at_start.get(path) == value
         ]
         return {
             "generators": {path: value for path, value in now.items() if path not in same},
             "generators_at_start": {path: value for path, value in self._at_start.items() if path not in same},
         }
 
-    def restore(self, saved: Any, *, with_samplers: bool = True, later: Any = ()) -> None:
+    def restore(self, saved: Any, *, later: Any = ()) -> None:
         """Put everything to where it was.
 
         Args:
             saved: One of the two in `state_dict`.
-            with_samplers: Whether also what the samplers have.
             later: The other of the two: samplers may have what they made since the start of the epoch.
 
         Raises:
@@ -95,14 +106,14 @@ class Remembered:
                 received=f"samplers with the random generators {_of_samplers(found)}",
                 expected=f"{_of_samplers(_states_only(saved))}, as in the run that is continued",
             )
-        wanted = {path: state for path, state in saved.items() if with_samplers or not _is_of_sampler(path)}
-        set_states(self._name, found, _states_only(wanted))
+        states = _states_only(saved)
+        set_states(self._name, found, states)
         if not self._has_warned:
-            self._has_warned = warn_of_strangers(self._name, found, _states_only(wanted))
+            self._has_warned = warn_of_unmatched(self._name, found, states)
         counters = _counters(parts)
-        for path in wanted.keys() & counters.keys():
+        for path in saved.keys() & counters.keys():
             owner, attribute, _ = counters[path]
-            set_own_attribute(owner, attribute, _number(wanted[path]))
+            set_own_attribute(owner, attribute, _number(saved[path]))
 
     def fits_samplers(self, saved: Any) -> bool:
         """Whether all generators that the samplers have now were saved.
@@ -136,9 +147,7 @@ class Remembered:
     def _warn_of_cuts(self) -> None:
         if self._has_warned_of_cuts:
             return
-        cuts: list[str] = []
-        for _ in reachable(self._parts(), cuts):
-            """The whole walk."""
+        cuts = cuts_of(self._parts())
         if cuts:
             self._has_warned_of_cuts = True
             _LOGGER.warning(
@@ -221,7 +230,7 @@ def set_states(name: str, generators: Mapping[str, Generator], states: Mapping[s
             ) from error
 
 
-def warn_of_strangers(name: str, generators: Mapping[str, Generator], states: Mapping[str, Any]) -> bool:
+def warn_of_unmatched(name: str, generators: Mapping[str, Generator], states: Mapping[str, Any]) -> bool:
     """Name the generators that are in the checkpoint only and, outside samplers, in the loader only.
 
     Args:
@@ -260,7 +269,8 @@ def _state(generator: Generator) -> Any:
         return [version, list(internal), gauss]
     if isinstance(generator, np.random.RandomState):
         return _plain(generator.get_state(legacy=False))
-    return _plain(generator.bit_generator.state)
+    bits = _bit_generator(generator)
+    return {**_plain(bits.state), _SPAWNED: getattr(bits.seed_seq, "n_children_spawned", None)}
 
 
 def _set_state(generator: Generator, state: Any) -> None:
@@ -272,7 +282,22 @@ def _set_state(generator: Generator, state: Any) -> None:
     elif isinstance(generator, np.random.RandomState):
         generator.set_state(_with_arrays(state))
     else:
-        generator.bit_generator.state = _with_arrays(state)
+        _set_bits(_bit_generator(generator), _with_arrays(state))
+
+
+def _bit_generator(generator: Any) -> Any:
+    return generator.bit_generator if isinstance(generator, np.random.Generator) else generator
+
+
+def _set_bits(bits: Any, state: dict[str, Any]) -> None:
+    spawned = state.pop(_SPAWNED, None)  # earlier versions have none
+    seeds = bits.seed_seq
+    if isinstance(seeds, np.random.SeedSequence) and spawned not in (None, seeds.n_children_spawned):
+        # As when it is unpickled: there is no other way back.
+        seeds = np.random.SeedSequence(**{**seeds.state, "n_children_spawned": spawned})
+        bits.__setstate__((state, seeds))
+    else:
+        bits.state = state
 
 
 def _plain(value: Any) -> Any:

@@ -197,8 +197,7 @@ class _SkippingLoader:
             raise TrainerError(
                 f"{self._name} at resume", received=f"{skipped} batches", expected=f"at least {batch_idx}"
             )
-        # Workers have drawn from the samplers ahead of the batches.
-        self._remembered.restore(state["generators"], with_samplers=not getattr(self._loader, "num_workers", 0))
+        self._remembered.restore(state["generators"])
         return iterator
 
     def restore_generators(self, state: Mapping[str, Any]) -> None:
@@ -277,8 +276,7 @@ class _StatefulLoader:
             restore_rng_state(start_rng)
         self._loader.load_state_dict(state["loader"])
         batches = self.start()
-        # Workers have drawn from the samplers ahead of the batches.
-        self._remembered.restore(state["generators"], with_samplers=not self._num_workers)
+        self._remembered.restore(state["generators"])
         return batches
 
     def restore_generators(self, state: Mapping[str, Any]) -> None:

@@ -168,6 +168,21 @@ class ByMethod(Noisy):
         return sum((entry for entry in [drawn(GLOBAL)]), inputs), targets
 
 
+class Spawning(Noisy):
+    """Makes a generator for each of its parts from one of its own."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+        self.rng = np.random.default_rng(0)
+        self.part = self.rng.spawn(1)[0]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if index % 3 == 0:
+            self.part = self.rng.spawn(1)[0]
+        inputs, targets = super().__getitem__(index)
+        return inputs + drawn(self.part), targets
+
+
 class Compose(nn.Module):
     def __init__(self, transforms: list[Any]) -> None:
         super().__init__()
@@ -212,6 +227,7 @@ HIDDEN: dict[str, Callable[[], Any]] = {
     "method": lambda: ByMethod([]),
     "module": lambda: Noisy([Compose([nn.Sequential(Compose([Noise(np.random.default_rng(1))]))])]),
     "slots": lambda: Noisy([Slotted()]),
+    "spawning": Spawning,
 }
 
 
@@ -300,9 +316,12 @@ def test_in_worker_processes_beside_jax(kind: str, tmp_path: Path) -> None:
 
 
 def check_with_workers(kind: str, events: tuple[int, ...], folder: Path, beside_jax: bool = False) -> None:
-    """In a process of its own, which other tests have not given threads."""
-    arguments = (kind, events, folder, beside_jax)
-    process = multiprocessing.get_context("spawn").Process(target=_check_with_workers, args=arguments)
+    in_own_process(_check_with_workers, kind, events, folder, beside_jax)
+
+
+def in_own_process(function: Callable[..., None], *arguments: Any) -> None:
+    """Run something in a process which other tests have not given threads."""
+    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
     process.start()
     process.join(300)
     assert process.exitcode == 0
@@ -319,12 +338,47 @@ def _check_with_workers(kind: str, events: tuple[int, ...], folder: Path, beside
     check(kind, 2, events, folder)
 
 
+def test_what_changes_a_sampler_beside_worker_processes_stays() -> None:
+    in_own_process(_check_changed_sampler)
+
+
+def _check_changed_sampler() -> None:
+    multiprocessing.set_start_method("fork", force=True)
+    for loader_class in (DataLoader, OwnLoader):
+        samplers = [Counting(), Counting()]
+        loaders = [
+            make_resumable(loader_class(Rows(), BATCH, sampler=sampler, num_workers=1), "train_loader")
+            for sampler in samplers
+        ]
+        batches = loaders[0].start()
+        next(batches)
+        # As a callback that makes the samples harder with every batch.
+        samplers[0].rounds = 7
+        loaders[1].resume(loaders[0].state_dict(), None, 1)
+        assert samplers[1].rounds == 7
+        for loader in loaders:
+            loader.close()
+
+
 def test_a_loader_that_is_given_again_in_the_same_process(tmp_path: Path) -> None:
     whole = final_state(fit(tmp_path / "whole", make_loader("counting", 0)))
     notes: dict[str, Any] = {}
     loader = make_loader("counting", 0)
     fit(tmp_path / "stopped", loader, 1, notes)
     assert_identical(final_state(fit(tmp_path / "stopped", loader, None, notes)), whole)
+
+
+def test_a_counter_that_is_back_where_it_began() -> None:
+    sampler = Counting()
+    remembered = Remembered(DataLoader(Rows(), sampler=sampler), "train_loader")
+    sampler.rounds = 1
+    remembered.note_start()
+    sampler.rounds = 0
+    state = remembered.state_dict()
+    remembered.restore(state["generators_at_start"])
+    assert sampler.rounds == 1
+    remembered.restore(state["generators"])
+    assert sampler.rounds == 0
 
 
 def test_a_generator_that_is_made_later_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
