@@ -153,22 +153,29 @@ class _ListLoader:
         """A list has no workers."""
 
 
-class _SkippingLoader:
-    """Anything iterable: what had been used is drawn again."""
+class _WithMemory:
+    """What loaders have in common whose objects may remember something."""
 
-    def __init__(self, loader: Any, name: str, context: Any = None) -> None:
-        self._loader = loader
+    def __init__(self, loader: Any, name: str) -> None:
         self._name = name
-        self._context = context
         self._remembered = Remembered(loader, name)
         self._samplers_by_epoch = _samplers_by_epoch(loader)
-
-    def __len__(self) -> int:
-        return len(self._loader)
 
     def set_epoch(self, epoch: int) -> None:
         for sampler in self._samplers_by_epoch:
             sampler.set_epoch(epoch)
+
+
+class _SkippingLoader(_WithMemory):
+    """Anything iterable: what had been used is drawn again."""
+
+    def __init__(self, loader: Any, name: str, context: Any = None) -> None:
+        super().__init__(loader, name)
+        self._loader = loader
+        self._context = context
+
+    def __len__(self) -> int:
+        return len(self._loader)
 
     def start(self) -> Iterator[Any]:
         self._remembered.note_start()
@@ -208,14 +215,12 @@ class _SkippingLoader:
         """The workers go with the iterator, which the loop alone holds."""
 
 
-class _StatefulLoader:
+class _StatefulLoader(_WithMemory):
     """A ``DataLoader`` rebuilt as a ``StatefulDataLoader``."""
 
     def __init__(self, loader: DataLoader[Any], stateful_class: Any, context: Any, name: str) -> None:
-        self._name = name
+        super().__init__(loader, name)
         self._given = loader
-        self._remembered = Remembered(loader, name)
-        self._samplers_by_epoch = _samplers_by_epoch(loader)
         self._num_workers = loader.num_workers
         self._dataset: Any = loader.dataset
         self._has_state = hasattr(loader.dataset, "state_dict") and hasattr(loader.dataset, "load_state_dict")
@@ -234,10 +239,6 @@ class _StatefulLoader:
 
     def __len__(self) -> int:
         return len(self._loader)
-
-    def set_epoch(self, epoch: int) -> None:
-        for sampler in self._samplers_by_epoch:
-            sampler.set_epoch(epoch)
 
     def start(self) -> Iterator[Any]:
         self._remembered.note_start()
