@@ -201,6 +201,20 @@ def test_an_experiment_that_stops_early_has_the_files_of_its_end(tmp_path: Path)
     assert_same_ends(tmp_path / "whole", tmp_path / "single", ["e0", "e1"])
 
 
+def test_an_experiment_whose_patience_was_raised_has_the_files_of_its_new_end(tmp_path: Path) -> None:
+    own: dict[str, Any] = {"seed": 1, "optimizer__learning_rate": 0.5}
+    epochs = []
+    for patience, last in ((1, 5), (9, 7)):
+        own |= {"training__epochs": last + 1}
+        run_packs(
+            tmp_path, [pack_config("e0", training__early_stopping_patience=patience, **own), pack_config("e1", **own)]
+        )
+        epochs.append([int(row[1]) for row in rows_of(tmp_path / "e0") if row[2] == "val_loss"])
+        assert end_of(tmp_path, "e0")["epoch"] == epochs[-1][-1]
+    assert len(epochs[0]) < 6
+    assert epochs[1] == [*epochs[0], 6, 7]
+
+
 def test_what_cannot_be_built_or_diverges_fails_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     good = various(2)
     bad = [
