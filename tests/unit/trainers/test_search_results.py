@@ -22,8 +22,8 @@ from trainers.searches.framework import ModelTrainingFramework
 WRITING = """
 import re
 seed = int(re.search(r"^seed: (\\d+)", open(options["--config"]).read(), re.M)[1])
-rows = [f"1,0,val_loss,{0.1 * seed}", "1,0,step_loss,9", f"2,1,val_loss,{1 / seed}", "2,1,seed,7"]
-(folder / "metrics.csv").write_text("\\n".join(["step,epoch,name,value", *rows]))
+rows = [f"1,0,val_loss,{0.1 * seed}", "1,0,step_val_loss,9", f"2,1,val_loss,{1 / seed}", "2,1,seed,7"]
+(folder / "metrics.csv").write_text("".join(f"{row}\\n" for row in ["step,epoch,name,value", *rows]))
 if seed == 2 and not (folder.parent / "repaired").exists():
     sys.exit("no luck")
 """
@@ -137,8 +137,11 @@ def test_a_file_that_cannot_be_written_ends_no_search(
 
 def test_odd_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole = values((0, "val_loss", 0.5), (1, "val_loss", 0.25))
-    killed = experiment(tmp_path, "killed", whole + "0,2,val_lo")
-    assert killed.row() == {"name": "killed", "state": "COMPLETED", "epochs": 2, "val_loss": 0.25}
+    # The last one was to be 1.2e-05.
+    for torn in ("0,2,val_lo", "0,2,val_loss,1.2"):
+        killed = experiment(tmp_path, f"killed{len(torn)}", whole + torn)
+        assert killed.row() == {"name": killed.name, "state": "COMPLETED", "epochs": 2, "val_loss": 0.25}
+    assert experiment(tmp_path, "damaged", whole + "0,?,other,1.0\n").metrics() == killed.metrics()
     own = experiment(tmp_path, "own", "epoch,loss\n0,0.5\n")
     assert own.metrics() == {}
     assert "own/metrics.csv: received the columns ['epoch', 'loss']; expected ['step', 'epoch', " in caplog.text
@@ -149,6 +152,27 @@ def test_odd_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert named.metrics() == killed.metrics()
     (tmp_path / "file").touch()
     assert FoundExperiment("file", tmp_path / "file").metrics() == {}
+
+
+def test_metrics_that_are_called_as_values_of_steps_are(tmp_path: Path) -> None:
+    rows = [(0, "step_loss", 3.0), (0, "step_step_rate", 9.0), (0, "step_loss", 2.0)]
+    assert experiment(tmp_path, "first epoch", values(*rows)).metrics() == {}
+    ended = [(0, "loss", 2.5), (0, "step_rate", 8.0), (0, "step_time", 0.5), (0, "val_step_time", 0.5)]
+    metrics = experiment(tmp_path, "second epoch", values(*rows, *ended, (1, "step_loss", 1.0))).metrics()
+    assert metrics == {name: {0: value} for _, name, value in ended}
+
+
+def test_the_best_row_has_the_values_by_which_it_was_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = result_of(experiment(tmp_path, "at work", values((0, "val_loss", 0.5))))
+    read = FoundExperiment.metrics
+
+    def read_and_go_on(one: FoundExperiment) -> dict[str, dict[int, float]]:
+        metrics = read(one)
+        (one.folder / "metrics.csv").write_text(values((0, "val_loss", 0.5), (1, "val_loss", 7.0)))
+        return metrics
+
+    monkeypatch.setattr(FoundExperiment, "metrics", read_and_go_on)
+    assert result.best()["val_loss"] == 0.5
 
 
 def test_the_best_is_complete_and_finite(tmp_path: Path) -> None:
