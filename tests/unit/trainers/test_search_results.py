@@ -252,6 +252,18 @@ def test_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "from elsewhere import *",
         "def __getattr__(name): ...",
         "globals()['build'] = None",
+        "locals()['build'] = None",
+        "def register():\n    globals()['build'] = None\nregister()",
+        "def register():\n    global build\n    build = None\nregister()",
+        "import sys\ndef register(function):\n    sys.modules[__name__].build = function\n@register\ndef f(): ...",
+        "from sys import modules\nmodules[__name__] = type('Module', (), {'build': None})",
+        "import sys\nsys.modules[__name__].__dict__['build'] = None",
+        "def register():\n    register.__globals__['build'] = None\nregister()",
+        "import module_for_tests\nmodule_for_tests.build = None",
+        "match (None,):\n    case (build,): ...",
+        "match (None,):\n    case (*build,): ...",
+        "match None:\n    case None as build: ...",
+        "match {}:\n    case {**build}: ...",
     ],
 )
 def test_functions_that_may_be_there_are_not_refused(source: str, tmp_path: Path) -> None:
@@ -265,6 +277,7 @@ def test_functions_that_may_be_there_are_not_refused(source: str, tmp_path: Path
         ("def built(config): ...", "has no 'build'; expected .* Did you mean module_for_tests:built?"),
         ("def outer():\n    def build(config): ...", "has no 'build'"),
         ("import nothing", "has no 'build'"),
+        ("class Own:\n    def __getattr__(self, name): return self.build", "has no 'build'"),
         ("def build(:", r"module_for_tests\.py, line 1 cannot be parsed"),
     ],
 )
