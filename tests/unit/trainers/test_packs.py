@@ -446,6 +446,36 @@ def test_an_experiment_that_exits_fails_alone(tmp_path: Path) -> None:
     assert outcomes["leaves"]["error"] == "it cannot be built: SystemExit: 3"
 
 
+def test_an_experiment_that_exits_in_training_does_not_end_the_others(tmp_path: Path) -> None:
+    configs = [pack_config("leaves", custom_params__exits_in_training=True), pack_config("fine")]
+    outcomes = run_packs(tmp_path, configs)
+    assert states(outcomes) == {"leaves": FAILED, "fine": COMPLETED}
+    assert outcomes["leaves"]["error"] == "training failed: SystemExit: 4"
+
+
+def test_an_experiment_that_exits_when_it_is_built_again_fails_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit, built = GenericTrainer.fit, []
+
+    def fit_one(self: GenericTrainer, model: Any, *others: Any) -> None:
+        if model.num_models > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        fit(self, model, *others)
+
+    def build_once(build: Any, config: ExperimentConfig) -> Built:
+        if config.experiment_name == "leaves" and "leaves" in built:
+            sys.exit(3)
+        built.append(config.experiment_name)
+        return build_experiment(build, config)
+
+    monkeypatch.setattr(GenericTrainer, "fit", fit_one)
+    monkeypatch.setattr(run, "build_experiment", build_once)
+    outcomes = run_packs(tmp_path, [pack_config("leaves"), pack_config("fine")])
+    assert states(outcomes) == {"leaves": FAILED, "fine": COMPLETED}
+    assert outcomes["leaves"]["error"] == "it cannot be built: SystemExit: 3"
+
+
 def test_two_processes_do_not_run_one_pack(tmp_path: Path) -> None:
     folder = write_pack(tmp_path, various(1))
     with (folder / ".lock").open("w") as stream:
