@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 
 from tests.experiments import base_config, grid_of, make_project
-from trainers.config import ConfigurationError, ExecutionMode, ParameterGrid
+from trainers.config import ConfigurationError, ExecutionMode, ParameterGrid, create_experiment_config
 from trainers.config.result_table import FoundExperiment, as_csv
 from trainers.config.results import GridSearchConfig, GridSearchResult
 from trainers.searches import results_file
 from trainers.searches.build_path import check_build_path
+from trainers.searches.executors import Job, Outcome
 from trainers.searches.framework import ModelTrainingFramework
+from trainers.searches.results_file import ResultsFile
 
 # Writes two epochs; what it calls a loss follows from the seed. Fails for seed 2, unless it may succeed.
 WRITING = """
@@ -125,6 +127,34 @@ def test_the_file_is_up_to_date_while_experiments_end(
         states = [row["state"] for row in csv.DictReader(stream)]
     assert states[:2] == ["COMPLETED", "FAILED"]
     assert states[2] in ("NOT RUN", "RUNNING")
+
+
+def test_states_at_the_end_are_those_of_the_end(tmp_path: Path) -> None:
+    ended, stopped, interrupted, lost = jobs = [
+        Job(index, name, create_experiment_config(base_config(experiment_name=name)), tmp_path / name)
+        for index, name in enumerate(("ended", "stopped", "interrupted", "lost"))
+    ]
+
+    def record(job: Job, state: str) -> None:
+        job.folder.mkdir(exist_ok=True)
+        job.record_path.write_text(json.dumps({"executor": "local", "state": state}))
+
+    for job in jobs:
+        record(job, "RUNNING")
+    results = ResultsFile(tmp_path / "results.csv", jobs, [])
+    record(ended, "COMPLETED")
+    results.note(Outcome(ended, job_id="local-0"))
+    with (tmp_path / "results.csv").open(newline="") as stream:
+        assert [row["state"] for row in csv.DictReader(stream)] == ["COMPLETED", *["RUNNING"] * 3]
+    record(stopped, "CANCELLED")
+    record(interrupted, "INTERRUPTED")
+    results.note(Outcome(interrupted, error="interrupted"))
+    # Its end could not be recorded.
+    results.note(Outcome(lost, error="no space"))
+    expected = ["COMPLETED", "CANCELLED", "INTERRUPTED", "FAILED"]
+    assert [one.state for one in results.end()] == expected
+    with (tmp_path / "results.csv").open(newline="") as stream:
+        assert [row["state"] for row in csv.DictReader(stream)] == expected
 
 
 def test_a_file_that_cannot_be_written_ends_no_search(
