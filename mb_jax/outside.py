@@ -127,23 +127,28 @@ def read_by(*functions: Callable[..., Any]) -> Hashable:
 def own_generators_kept(*functions: Callable[..., Any]) -> Iterator[None]:
     """Refuse, of generators of random numbers that functions read from outside, those that are drawn from in the block.
 
+    Their states are put back, whatever error the block ends with.
+
     Raises:
-        Unsupported: One of Python's or NumPy's was drawn from; its state is put back.
+        Unsupported: One of Python's or NumPy's was drawn from.
     """
     finder = _GeneratorFinder()
     for function in functions:
         finder.function(function)
     before = [(generator, _state_of(generator)) for generator in finder.found]
     error: Exception | None = None
+    drawn = []
     try:
         yield
     except Unsupported as caught:  # numbers of its own are why the comparison with PyTorch fails
         error = caught
-    drawn = [(generator, state) for generator, state in before if _state_of(generator) != state]
-    for generator, state in drawn:
-        _restore(generator, state)
+    finally:
+        for generator, state in before:
+            if _state_of(generator) != state:
+                drawn.append(generator)
+                _restore(generator, state)
     if drawn:
-        generator = drawn[0][0]
+        generator = drawn[0]
         library = "random" if isinstance(generator, random.Random) else "numpy.random"
         raise draws_refused(f"a {library}.{type(generator).__name__} of your own") from error
     if error is not None:

@@ -72,6 +72,10 @@ def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs.argmax(-1) == targets).to(outputs.dtype).mean()
 
 
+def leave(outputs: Tensor, targets: Tensor) -> Tensor:
+    sys.exit(4)
+
+
 def build(config: ExperimentConfig) -> Built:
     if config.custom_params.get("is_bad"):
         raise ValueError("no such data")
@@ -84,7 +88,8 @@ def build(config: ExperimentConfig) -> Built:
     ).to(dtype)
     rows = Rows(dtype)
     val = [(rows.inputs[:12], TARGETS[:12]), (rows.inputs[12:], TARGETS[12:])]
-    return Built(model, smoothed, DataLoader(rows, BATCH, shuffle=True), val, metrics={"accuracy": accuracy})
+    metric = leave if config.custom_params.get("exits_in_training") else accuracy
+    return Built(model, smoothed, DataLoader(rows, BATCH, shuffle=True), val, metrics={"accuracy": metric})
 
 
 def pack_config(name: str, **changes: Any) -> ExperimentConfig:

@@ -62,6 +62,18 @@ def test_a_coin_of_a_generator_of_ones_own_is_refused(kind: str, verify: bool) -
     assert generator.random() == expected.random(), "it was not put back"
 
 
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_a_generator_of_ones_own_is_put_back_where_a_loss_fails(kind: str) -> None:
+    generator, expected = GENERATORS[kind](5), GENERATORS[kind](5)
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        raise KeyError(generator.random())
+
+    with pytest.raises(KeyError):
+        step_of(linears(), loss)(X, Y)
+    assert generator.random() == expected.random(), "it was not put back"
+
+
 @pytest.mark.parametrize("drawn", [0, 1])
 def test_the_second_of_two_normal_numbers_belongs_to_the_generator(drawn: int) -> None:
     """A ``RandomState`` makes two at a time and keeps one for the next call."""

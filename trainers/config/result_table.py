@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ _LOGGER = logging.getLogger(__name__)
 METRICS_FILE = "metrics.csv"
 # Of that file, as `CsvLogger` writes it.
 METRICS_COLUMNS = ["step", "epoch", "name", "value"]
-# Values of single steps, which a trainer logs between those of epochs.
+# Before the names of values of single steps, which a trainer logs between those of epochs.
 _OF_STEPS = "step_"
 # What metrics and parameters cannot be called in a table.
 _OWN_COLUMNS = ("name", "state", "epochs", "best_epoch", "error")
@@ -54,8 +54,7 @@ class FoundExperiment:
         for folder in (self.folder, self.folder / self.name):
             path = folder / METRICS_FILE
             try:
-                with path.open(newline="", encoding="utf-8", errors="replace") as stream:
-                    return _metrics_in(path, list(csv.reader(stream)))
+                return _metrics_in(path, list(whole_rows(path)))
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except (OSError, csv.Error) as error:
@@ -70,20 +69,7 @@ class FoundExperiment:
             best: A metric: those of the epoch where it is best are shown. Default: the last value of each.
             mode: ``"min"`` or ``"max"``.
         """
-        metrics = self.metrics()
-        epochs = max((epoch + 1 for values in metrics.values() for epoch in values), default=0)
-        row: Row = {"name": self.name, "state": self.state, "epochs": epochs}
-        for key, value in self.parameters.items():
-            row[f"parameters.{key}" if key in _OWN_COLUMNS else key] = value
-        if best is None:
-            shown = {metric: last_value(values) for metric, values in metrics.items()}
-        else:
-            epoch = _best_epoch(metrics.get(best, {}), mode)
-            row["best_epoch"] = epoch
-            shown = {metric: values[epoch] for metric, values in metrics.items() if epoch in values}
-        for metric, value in shown.items():
-            row[f"metrics.{metric}" if metric in row or metric in _OWN_COLUMNS else metric] = value
-        return row if self.error is None else {**row, "error": self.error}
+        return _row(self, self.metrics(), best, mode)
 
 
 def best_row(experiments: Sequence[FoundExperiment], metric: str, mode: str, *, any_epoch: bool) -> Row:
@@ -107,7 +93,7 @@ def best_row(experiments: Sequence[FoundExperiment], metric: str, mode: str, *, 
         if metric in metrics:
             values = list(metrics[metric].values()) if any_epoch else [last_value(metrics[metric])]
             finite = [sign * value for value in values if math.isfinite(value)]
-            found += [(min(finite), one)] if finite else []
+            found += [(min(finite), one, metrics)] if finite else []
     if not found:
         expected = f"one with a finite value in a complete experiment; there are {sorted(known)}"
         if not known:
@@ -116,8 +102,9 @@ def best_row(experiments: Sequence[FoundExperiment], metric: str, mode: str, *, 
                 f"experiments (of {len(experiments)}) has any; table() says what became of each"
             )
         raise ConfigurationError(problem("metric", metric, expected))
-    _, chosen = min(found, key=lambda pair: pair[0])
-    return chosen.row(metric if any_epoch else None, mode)
+    # Its metrics are not read again: they may have changed since.
+    _, chosen, metrics = min(found, key=lambda entry: entry[0])
+    return _row(chosen, metrics, metric if any_epoch else None, mode)
 
 
 def as_csv(rows: Sequence[Row]) -> str:
@@ -153,6 +140,21 @@ def last_value(values: Mapping[int, float]) -> float:
     return values[max(values)]
 
 
+def whole_rows(path: Path) -> Iterator[list[str]]:
+    """Return the rows of a CSV file that were written to their end.
+
+    Args:
+        path: Of the file. What follows its last newline is left out: a process was killed there, or the machine
+            failed, and half of a number is a number too.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    with path.open(newline="", encoding="utf-8", errors="replace") as stream:
+        text = stream.read()
+    return csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
+
+
 def _metrics_in(path: Path, rows: list[list[str]]) -> Metrics:
     if rows and rows[0] != METRICS_COLUMNS:
         _LOGGER.warning(
@@ -162,12 +164,35 @@ def _metrics_in(path: Path, rows: list[list[str]]) -> Metrics:
     metrics: Metrics = {}
     for row in rows[1:]:
         try:
-            _, epoch, name, value = row
-            if not name.startswith(_OF_STEPS):
-                metrics.setdefault(name, {})[int(epoch)] = float(value)
+            _, given, name, value = row
+            epoch, number = int(given), float(value)
         except ValueError:
-            continue  # the last row of a process that was killed
-    return metrics
+            continue  # what a machine that failed has left
+        metrics.setdefault(name, {})[epoch] = number
+    if all(name.startswith(_OF_STEPS) for name in metrics):
+        return {}  # no epoch has ended yet
+    # An epoch has the values of its steps under their own names; without, the prefix belongs to the name.
+    return {
+        name: values
+        for name, values in metrics.items()
+        if not (name.startswith(_OF_STEPS) and name.removeprefix(_OF_STEPS) in metrics)
+    }
+
+
+def _row(one: FoundExperiment, metrics: Metrics, best: str | None, mode: str) -> Row:
+    epochs = max((epoch + 1 for values in metrics.values() for epoch in values), default=0)
+    row: Row = {"name": one.name, "state": one.state, "epochs": epochs}
+    for key, value in one.parameters.items():
+        row[f"parameters.{key}" if key in _OWN_COLUMNS else key] = value
+    if best is None:
+        shown = {metric: last_value(values) for metric, values in metrics.items()}
+    else:
+        epoch = _best_epoch(metrics.get(best, {}), mode)
+        row["best_epoch"] = epoch
+        shown = {metric: values[epoch] for metric, values in metrics.items() if epoch in values}
+    for metric, value in shown.items():
+        row[f"metrics.{metric}" if metric in row or metric in _OWN_COLUMNS else metric] = value
+    return row if one.error is None else {**row, "error": one.error}
 
 
 def _best_epoch(values: Mapping[int, float], mode: str) -> int | None:

@@ -54,6 +54,9 @@ class ExperimentFiles(TrainingCallback):
         """Begin the files; of those of an earlier process what the checkpoint knows of is kept."""
         for name in self._history.models:
             self._loggers[name] = CsvLogger(self._folders[name], self._rows.get(name, 0))
+        # One that is trained again, because its patience was raised since, ends later.
+        stopped = {self._history.models[place] for place in trainer.stopped_models}
+        self._ends = {name: end for name, end in self._ends.items() if name in stopped}
 
     def on_epoch_end(self, trainer: GenericTrainer, epoch: int, logs: dict[str, Any]) -> None:
         """Write the metrics of the epoch."""

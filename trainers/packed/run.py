@@ -177,6 +177,8 @@ class _PackRun:
             torch.cuda.empty_cache()
         for own in (names[:half], names[half:]):
             again = self._built_again(build, own)
+            if not again:
+                continue
             for part, start in self._starting_points(list(again)):
                 if self._run_part(build, again, part, start):
                     return True

@@ -49,6 +49,10 @@ class History(TrainingCallback):
         # Models that were stopped in an earlier epoch are computed along, but learn nothing.
         self._stopped: set[str] = set()
 
+    def on_training_start(self, trainer: GenericTrainer) -> None:
+        """Forget that models were stopped which are trained again: their patience was raised since."""
+        self._stopped &= {self.models[place] for place in trainer.stopped_models}
+
     def on_epoch_end(self, trainer: GenericTrainer, epoch: int, logs: dict[str, Any]) -> None:
         """Note the metrics of the epoch."""
         for metric, values in trainer.model_metrics.items():

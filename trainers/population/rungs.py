@@ -18,10 +18,10 @@ from trainers.generic import GenericTrainer
 from trainers.population.halving import Halving
 from trainers.population.history import History
 from trainers.ranks import on_first_rank
+from trainers.reporting.loggers import absolute_places, at_places
 from trainers.settings import GenericTrainerConfig
 
 _LOGGER = logging.getLogger(__name__)
-_LOGGED_TO = ("csv_log_dir", "tensorboard_dir", "log_file")
 # What the models of a rung need to go on as if nothing had happened.
 _PASSED_ON = ("save_last", "save_optimizer", "save_scheduler", "save_rng")
 
@@ -40,10 +40,8 @@ class Rungs:
     def __init__(self, config: GenericTrainerConfig) -> None:
         # Absolute: what a program does in a rung may change the working directory of the next.
         self._config = copy.deepcopy(config)
-        places = (self._config.checkpoint, "checkpoint_dir"), *((self._config.logging, name) for name in _LOGGED_TO)
-        for group, name in places:
-            if getattr(group, name) is not None:
-                setattr(group, name, os.path.abspath(os.path.expanduser(getattr(group, name))))
+        self._config.checkpoint_dir = os.path.abspath(os.path.expanduser(config.checkpoint_dir))
+        self._config.logging = at_places(config.logging, absolute_places(config.logging))
 
     def config(self, number: int, max_epochs: int) -> GenericTrainerConfig:
         """Return the trainer's config for a rung.

@@ -22,13 +22,13 @@ from typing import Any, Protocol
 from uuid import uuid4
 
 from mb_torch import MissingPackage
+from trainers.config.result_table import METRICS_COLUMNS, METRICS_FILE, whole_rows
 from trainers.config.schema import LoggingConfig
 from trainers.errors import TrainerError
 from trainers.utils.logging import DEFAULT_FORMAT
 
 _LOGGER = logging.getLogger(__name__)
 
-_COLUMNS = ["step", "epoch", "name", "value"]
 _PLACES = ("csv_log_dir", "tensorboard_dir", "log_file")
 
 
@@ -66,7 +66,7 @@ class CsvLogger:
     name = "csv"
 
     def __init__(self, folder: Path, rows: int | None = None) -> None:
-        self._path = folder / "metrics.csv"
+        self._path = folder / METRICS_FILE
         # A file of its own first: a run that is killed here keeps what it had.
         temporary = self._path.with_name(f".{self._path.name}.{uuid4().hex}.tmp")
         with _named(self._path):
@@ -74,7 +74,7 @@ class CsvLogger:
             kept = _first_rows(self._path, rows) if rows and self._path.is_file() else []
             try:
                 with temporary.open("x", newline="", encoding="utf-8") as stream:
-                    csv.writer(stream).writerows([_COLUMNS, *kept])
+                    csv.writer(stream).writerows([METRICS_COLUMNS, *kept])
                 if rows is None and self._path.exists():
                     _move_aside(self._path)
                 temporary.replace(self._path)
@@ -332,5 +332,4 @@ def _import(module: str, package: str) -> Any:
 
 def _first_rows(path: Path, count: int) -> list[list[str]]:
     # What follows the rows may be of a machine that failed: broken bytes.
-    with path.open(newline="", encoding="utf-8", errors="replace") as stream:
-        return list(itertools.islice(csv.reader(stream), 1, count + 1))
+    return list(itertools.islice(whole_rows(path), 1, count + 1))

@@ -13,8 +13,10 @@ from pathlib import Path
 from trainers.config.errors import ConfigurationError
 
 _EXPECTED = "'module:function', importable from the project's folder"
-# With these a module may have names that are not written in it.
-_DYNAMIC = {"__getattr__", "globals", "vars", "exec", "setattr"}
+# With these at its top level a module has names that are not written in it.
+_OPEN = {"*", "__getattr__"}
+# With these, wherever they are written, it may be given such names.
+_DYNAMIC = {"__dict__", "__globals__", "exec", "f_globals", "globals", "locals", "modules", "setattr", "vars"}
 
 
 def check_build_path(build: object, project_root: Path) -> None:
@@ -54,7 +56,7 @@ def check_build_path(build: object, project_root: Path) -> None:
         line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
         raise ConfigurationError(f"build: {spec.origin}{line} cannot be parsed: {error}") from error
     names = set(_names(tree))
-    if function in names or names & {"*", *_DYNAMIC}:
+    if function in names or names & _OPEN or any(_may_bind(node, function) for node in ast.walk(tree)):
         return
     close = difflib.get_close_matches(function, names, 1)
     advice = f". Did you mean {module}:{close[0]}?" if close else ""
@@ -66,11 +68,26 @@ def check_build_path(build: object, project_root: Path) -> None:
 def _names(node: ast.AST) -> Iterator[str]:
     """Names that a module binds or asks for at its top level, in whatever statement."""
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            yield child.name
-        elif isinstance(child, ast.alias):
-            yield (child.asname or child.name).partition(".")[0]
-        else:
-            if isinstance(child, ast.Name):
-                yield child.id
-            yield from _names(child)
+        match child:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                yield name
+                continue
+            case ast.alias():
+                yield (child.asname or child.name).partition(".")[0]
+            case ast.Name(id=name) | ast.MatchAs(name=str(name)) | ast.MatchStar(name=str(name)):
+                yield name
+            case ast.MatchMapping(rest=str(name)):
+                yield name
+        yield from _names(child)
+
+
+def _may_bind(node: ast.AST, name: str) -> bool:
+    """Whether a node, of a function too, may bind a name at the module's top level."""
+    match node:
+        case ast.Global(names=names):
+            return name in names
+        case ast.Attribute(attr=attribute, ctx=context):
+            return attribute in _DYNAMIC or (attribute == name and isinstance(context, ast.Store))
+        case ast.Name(id=written) | ast.alias(name=written):
+            return written in _DYNAMIC
+    return False

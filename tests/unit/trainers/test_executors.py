@@ -25,7 +25,9 @@ import pytest
 
 from tests.arch.repository import ROOT
 from tests.experiments import base_config, make_project
+from tests.training_runs import run as training_run
 from trainers.config import ConfigurationError, ConfigurationManager, create_experiment_config
+from trainers.config.schema import LoggingConfig
 from trainers.searches import executors, progress
 from trainers.searches.dry_run_executor import DryRunExecutor
 from trainers.searches.executors import INTERRUPTED_EXIT_CODE, Job, MissingExecutor, MissingScript, Outcome, Plan
@@ -287,6 +289,13 @@ def dying(names: str, how: str) -> str:
     )
 
 
+def ended_by(number: int) -> str:
+    """A pack that somebody ends; what starts these tests may have it ignore the signal."""
+    return f"import signal\nsignal.signal({number:d}, signal.SIG_DFL)\n" + dying(
+        "a", f"os.kill(os.getpid(), {number:d})"
+    )
+
+
 @pytest.mark.parametrize("how", ["os.kill(os.getpid(), 9)", "os._exit(3)"])
 def test_a_pack_that_dies_is_tried_again_in_halves(
     how: str, make_packs: MakePlan, caplog: pytest.LogCaptureFixture
@@ -306,7 +315,7 @@ def test_a_pack_that_dies_is_tried_again_in_halves(
 @pytest.mark.parametrize(
     "script",
     [
-        dying("a", "os.kill(os.getpid(), 15)"),  # somebody has ended it
+        *map(ended_by, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)),
         "sys.exit(1)",  # it never began
         "say(dict.fromkeys(experiments, 'FAILED')); sys.exit(1)",  # all failed of one cause
     ],
@@ -315,6 +324,15 @@ def test_a_pack_that_did_not_die_of_an_experiment_is_not_tried_again(script: str
     plan = make_packs(script, "a b")
     assert all(outcome.error is not None for outcome in run_local(plan))
     assert len(list(plan.output_dir.glob("packs/*"))) == 1
+
+
+def test_a_pack_whose_halves_cannot_be_written_is_not_tried_again(
+    make_packs: MakePlan, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = make_packs(dying("a", "os._exit(3)"), "a b")
+    plan.pack_task(plan.jobs[1:]).folder.touch()
+    assert [str(outcome.error).partition(";")[0] for outcome in run_local(plan)] == ["exit code 3"] * 2
+    assert "experiments cannot be tried again" in caplog.text
 
 
 def test_one_cause_is_explained_once(make_plan: MakePlan, caplog: pytest.LogCaptureFixture) -> None:
@@ -429,11 +447,14 @@ def test_a_program_without_logging_shows_how_far_it_is(tmp_path: Path, is_termin
 
 
 def test_the_epoch_of_what_runs_is_told(
-    make_packs: MakePlan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make_packs: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(progress, "_SECONDS_IN_LOG", 0.0)
+    messages = tmp_path / "messages.txt"
+    training_run(tmp_path / "run", max_epochs=2, logging=LoggingConfig(log_file=str(messages), console_log=False))
+    caplog.clear()
     script = (
-        "print('INFO results: epoch 0: loss 1\\nINFO results: epoch 1: loss 0.5', file=sys.stderr, flush=True)\n"
+        f"print(Path({str(messages)!r}).read_text(), file=sys.stderr, flush=True)\n"
         "time.sleep(0.5)\nsay(dict.fromkeys(experiments, 'COMPLETED'))"
     )
     plan = make_packs(script, "a b")

@@ -201,6 +201,20 @@ def test_an_experiment_that_stops_early_has_the_files_of_its_end(tmp_path: Path)
     assert_same_ends(tmp_path / "whole", tmp_path / "single", ["e0", "e1"])
 
 
+def test_an_experiment_whose_patience_was_raised_has_the_files_of_its_new_end(tmp_path: Path) -> None:
+    own: dict[str, Any] = {"seed": 1, "optimizer__learning_rate": 0.5}
+    epochs = []
+    for patience, last in ((1, 5), (9, 7)):
+        own |= {"training__epochs": last + 1}
+        run_packs(
+            tmp_path, [pack_config("e0", training__early_stopping_patience=patience, **own), pack_config("e1", **own)]
+        )
+        epochs.append([int(row[1]) for row in rows_of(tmp_path / "e0") if row[2] == "val_loss"])
+        assert end_of(tmp_path, "e0")["epoch"] == epochs[-1][-1]
+    assert len(epochs[0]) < 6
+    assert epochs[1] == [*epochs[0], 6, 7]
+
+
 def test_what_cannot_be_built_or_diverges_fails_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     good = various(2)
     bad = [
@@ -429,6 +443,36 @@ def test_an_experiment_that_exits_fails_alone(tmp_path: Path) -> None:
     configs = [pack_config("fine"), pack_config("leaves", custom_params__exits=True)]
     outcomes = run_packs(tmp_path, configs)
     assert states(outcomes) == {"fine": COMPLETED, "leaves": FAILED}
+    assert outcomes["leaves"]["error"] == "it cannot be built: SystemExit: 3"
+
+
+def test_an_experiment_that_exits_in_training_does_not_end_the_others(tmp_path: Path) -> None:
+    configs = [pack_config("leaves", custom_params__exits_in_training=True), pack_config("fine")]
+    outcomes = run_packs(tmp_path, configs)
+    assert states(outcomes) == {"leaves": FAILED, "fine": COMPLETED}
+    assert outcomes["leaves"]["error"] == "training failed: SystemExit: 4"
+
+
+def test_an_experiment_that_exits_when_it_is_built_again_fails_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit, built = GenericTrainer.fit, []
+
+    def fit_one(self: GenericTrainer, model: Any, *others: Any) -> None:
+        if model.num_models > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        fit(self, model, *others)
+
+    def build_once(build: Any, config: ExperimentConfig) -> Built:
+        if config.experiment_name == "leaves" and "leaves" in built:
+            sys.exit(3)
+        built.append(config.experiment_name)
+        return build_experiment(build, config)
+
+    monkeypatch.setattr(GenericTrainer, "fit", fit_one)
+    monkeypatch.setattr(run, "build_experiment", build_once)
+    outcomes = run_packs(tmp_path, [pack_config("leaves"), pack_config("fine")])
+    assert states(outcomes) == {"leaves": FAILED, "fine": COMPLETED}
     assert outcomes["leaves"]["error"] == "it cannot be built: SystemExit: 3"
 
 

@@ -245,6 +245,19 @@ def test_begins_anew_without_auto_resume(whole: dict[str, Any], tmp_path: Path) 
     assert all(population.history.epochs(name) <= 4 for name in NAMES)
 
 
+def test_models_whose_patience_was_raised_have_metrics_of_every_epoch_from_then_on(tmp_path: Path) -> None:
+    # With a rate of 0 only the statistics of the normalisation change, here for the worse.
+    make: dict[str, Any] = {"rates": [0.1, 0.0], "names": NAMES[:2]}
+    settings = {"early_stopping_metric": "val_loss", "max_epochs": 3}
+    fit(make_population(tmp_path, **make, settings={**settings, "early_stopping_patience": 1}))
+    settings = {**settings, "early_stopping_patience": 9, "max_epochs": 5}
+    history = fit(make_population(tmp_path, **make, settings=settings)).history
+    assert {name: list(history.of_model(name)["val_loss"]) for name in NAMES[:2]} == {
+        "tiny": [0, 1, 2, 3, 4],
+        "small": [0, 1, 3, 4],
+    }
+
+
 def test_other_names(tmp_path: Path) -> None:
     fit(make_population(tmp_path), None, StopAt(batch=1))
     for names in ([*NAMES[:4], "other"], NAMES[::-1]):

@@ -411,8 +411,12 @@ def test_a_refused_call_keeps_the_results_of_the_one_before(tmp_path: Path) -> N
     population = fit(make_population(tmp_path / "own", keep_best="error"), Halving(every_n_epochs=2))
     table, trainer, weights = population.table(), population.trainer, population.model(population.best(), best=True)
     fit(make_population(tmp_path / "other"), Halving(every_n_epochs=1))
-    population._config.checkpoint_dir = str(tmp_path / "other")
-    for halving, refused in ((Halving(every_n_epochs=2), "at resume"), (None, "with halving")):
+    fit(make_population(tmp_path / "renamed", names=NAMES[::-1], settings={"max_epochs": 1}))
+    refusals = [("other", Halving(every_n_epochs=2), "at resume"), ("other", None, "with halving")]
+    # By the trainer, when it has taken the place of the one before.
+    refusals.append(("renamed", None, "at resume"))
+    for folder, halving, refused in refusals:
+        population._config.checkpoint_dir = str(tmp_path / folder)
         with pytest.raises(TrainerError, match=refused):
             fit(population, halving)
         assert population.table() == table

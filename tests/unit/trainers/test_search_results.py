@@ -11,19 +11,21 @@ from typing import Any
 import pytest
 
 from tests.experiments import base_config, grid_of, make_project
-from trainers.config import ConfigurationError, ExecutionMode, ParameterGrid
+from trainers.config import ConfigurationError, ExecutionMode, ParameterGrid, create_experiment_config
 from trainers.config.result_table import FoundExperiment, as_csv
 from trainers.config.results import GridSearchConfig, GridSearchResult
 from trainers.searches import results_file
 from trainers.searches.build_path import check_build_path
+from trainers.searches.executors import Job, Outcome
 from trainers.searches.framework import ModelTrainingFramework
+from trainers.searches.results_file import ResultsFile
 
 # Writes two epochs; what it calls a loss follows from the seed. Fails for seed 2, unless it may succeed.
 WRITING = """
 import re
 seed = int(re.search(r"^seed: (\\d+)", open(options["--config"]).read(), re.M)[1])
-rows = [f"1,0,val_loss,{0.1 * seed}", "1,0,step_loss,9", f"2,1,val_loss,{1 / seed}", "2,1,seed,7"]
-(folder / "metrics.csv").write_text("\\n".join(["step,epoch,name,value", *rows]))
+rows = [f"1,0,val_loss,{0.1 * seed}", "1,0,step_val_loss,9", f"2,1,val_loss,{1 / seed}", "2,1,seed,7"]
+(folder / "metrics.csv").write_text("".join(f"{row}\\n" for row in ["step,epoch,name,value", *rows]))
 if seed == 2 and not (folder.parent / "repaired").exists():
     sys.exit("no luck")
 """
@@ -127,6 +129,34 @@ def test_the_file_is_up_to_date_while_experiments_end(
     assert states[2] in ("NOT RUN", "RUNNING")
 
 
+def test_states_at_the_end_are_those_of_the_end(tmp_path: Path) -> None:
+    ended, stopped, interrupted, lost = jobs = [
+        Job(index, name, create_experiment_config(base_config(experiment_name=name)), tmp_path / name)
+        for index, name in enumerate(("ended", "stopped", "interrupted", "lost"))
+    ]
+
+    def record(job: Job, state: str) -> None:
+        job.folder.mkdir(exist_ok=True)
+        job.record_path.write_text(json.dumps({"executor": "local", "state": state}))
+
+    for job in jobs:
+        record(job, "RUNNING")
+    results = ResultsFile(tmp_path / "results.csv", jobs, [])
+    record(ended, "COMPLETED")
+    results.note(Outcome(ended, job_id="local-0"))
+    with (tmp_path / "results.csv").open(newline="") as stream:
+        assert [row["state"] for row in csv.DictReader(stream)] == ["COMPLETED", *["RUNNING"] * 3]
+    record(stopped, "CANCELLED")
+    record(interrupted, "INTERRUPTED")
+    results.note(Outcome(interrupted, error="interrupted"))
+    # Its end could not be recorded.
+    results.note(Outcome(lost, error="no space"))
+    expected = ["COMPLETED", "CANCELLED", "INTERRUPTED", "FAILED"]
+    assert [one.state for one in results.end()] == expected
+    with (tmp_path / "results.csv").open(newline="") as stream:
+        assert [row["state"] for row in csv.DictReader(stream)] == expected
+
+
 def test_a_file_that_cannot_be_written_ends_no_search(
     project: ModelTrainingFramework, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -137,8 +167,11 @@ def test_a_file_that_cannot_be_written_ends_no_search(
 
 def test_odd_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole = values((0, "val_loss", 0.5), (1, "val_loss", 0.25))
-    killed = experiment(tmp_path, "killed", whole + "0,2,val_lo")
-    assert killed.row() == {"name": "killed", "state": "COMPLETED", "epochs": 2, "val_loss": 0.25}
+    # The last one was to be 1.2e-05.
+    for torn in ("0,2,val_lo", "0,2,val_loss,1.2"):
+        killed = experiment(tmp_path, f"killed{len(torn)}", whole + torn)
+        assert killed.row() == {"name": killed.name, "state": "COMPLETED", "epochs": 2, "val_loss": 0.25}
+    assert experiment(tmp_path, "damaged", whole + "0,?,other,1.0\n").metrics() == killed.metrics()
     own = experiment(tmp_path, "own", "epoch,loss\n0,0.5\n")
     assert own.metrics() == {}
     assert "own/metrics.csv: received the columns ['epoch', 'loss']; expected ['step', 'epoch', " in caplog.text
@@ -149,6 +182,27 @@ def test_odd_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert named.metrics() == killed.metrics()
     (tmp_path / "file").touch()
     assert FoundExperiment("file", tmp_path / "file").metrics() == {}
+
+
+def test_metrics_that_are_called_as_values_of_steps_are(tmp_path: Path) -> None:
+    rows = [(0, "step_loss", 3.0), (0, "step_step_rate", 9.0), (0, "step_loss", 2.0)]
+    assert experiment(tmp_path, "first epoch", values(*rows)).metrics() == {}
+    ended = [(0, "loss", 2.5), (0, "step_rate", 8.0), (0, "step_time", 0.5), (0, "val_step_time", 0.5)]
+    metrics = experiment(tmp_path, "second epoch", values(*rows, *ended, (1, "step_loss", 1.0))).metrics()
+    assert metrics == {name: {0: value} for _, name, value in ended}
+
+
+def test_the_best_row_has_the_values_by_which_it_was_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = result_of(experiment(tmp_path, "at work", values((0, "val_loss", 0.5))))
+    read = FoundExperiment.metrics
+
+    def read_and_go_on(one: FoundExperiment) -> dict[str, dict[int, float]]:
+        metrics = read(one)
+        (one.folder / "metrics.csv").write_text(values((0, "val_loss", 0.5), (1, "val_loss", 7.0)))
+        return metrics
+
+    monkeypatch.setattr(FoundExperiment, "metrics", read_and_go_on)
+    assert result.best()["val_loss"] == 0.5
 
 
 def test_the_best_is_complete_and_finite(tmp_path: Path) -> None:
@@ -228,6 +282,18 @@ def test_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "from elsewhere import *",
         "def __getattr__(name): ...",
         "globals()['build'] = None",
+        "locals()['build'] = None",
+        "def register():\n    globals()['build'] = None\nregister()",
+        "def register():\n    global build\n    build = None\nregister()",
+        "import sys\ndef register(function):\n    sys.modules[__name__].build = function\n@register\ndef f(): ...",
+        "from sys import modules\nmodules[__name__] = type('Module', (), {'build': None})",
+        "import sys\nsys.modules[__name__].__dict__['build'] = None",
+        "def register():\n    register.__globals__['build'] = None\nregister()",
+        "import module_for_tests\nmodule_for_tests.build = None",
+        "match (None,):\n    case (build,): ...",
+        "match (None,):\n    case (*build,): ...",
+        "match None:\n    case None as build: ...",
+        "match {}:\n    case {**build}: ...",
     ],
 )
 def test_functions_that_may_be_there_are_not_refused(source: str, tmp_path: Path) -> None:
@@ -241,6 +307,7 @@ def test_functions_that_may_be_there_are_not_refused(source: str, tmp_path: Path
         ("def built(config): ...", "has no 'build'; expected .* Did you mean module_for_tests:built?"),
         ("def outer():\n    def build(config): ...", "has no 'build'"),
         ("import nothing", "has no 'build'"),
+        ("class Own:\n    def __getattr__(self, name): return self.build", "has no 'build'"),
         ("def build(:", r"module_for_tests\.py, line 1 cannot be parsed"),
     ],
 )

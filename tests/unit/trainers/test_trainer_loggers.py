@@ -17,7 +17,7 @@ from tests.training_runs import make_loader, run
 from trainers.config.schema import LoggingConfig
 from trainers.errors import TrainerError
 from trainers.generic import GenericTrainer
-from trainers.reporting.loggers import make_loggers, messages_as_configured
+from trainers.reporting.loggers import CsvLogger, make_loggers, messages_as_configured
 from trainers.reporting.progress import Progress
 from trainers.settings import GenericTrainerConfig
 
@@ -220,6 +220,16 @@ def test_broken_bytes_behind_the_rows_of_a_resumed_run(tmp_path: Path) -> None:
     run(tmp_path / "run", **settings)
     run(tmp_path / "whole", logging=_logging(csv_log_dir=str(tmp_path / "logs")))
     assert (tmp_path / "metrics.csv").read_bytes() == (tmp_path / "logs" / "metrics.csv").read_bytes()
+
+
+def test_torn_last_row_of_a_csv_file_is_no_row_of_a_resumed_run(tmp_path: Path) -> None:
+    """A machine that fails may lose the end of a file that was there at the checkpoint."""
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,epoch,name,value\n1,0,loss,0.5\n2,1,loss,1.2")
+    logger = CsvLogger(tmp_path, rows=2)
+    logger.log({"loss": 0.25}, 2, 3)
+    assert path.read_text().splitlines() == ["step,epoch,name,value", "1,0,loss,0.5", "3,2,loss,0.25"]
+    assert logger.state_dict() == {"rows": 2}
 
 
 def test_csv_file_that_cannot_be_written(tmp_path: Path) -> None:
