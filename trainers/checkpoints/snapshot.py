@@ -190,13 +190,14 @@ def apply_run(trainer: GenericTrainer, loop: TrainingLoop, content: Mapping[str,
         scaler.load_state_dict(content["scaler_state_dict"])
     loop.early_stopping.load_state_dict(content["early_stopping"])
     loop.training.set_active(loop.early_stopping.active())
+    restore_callbacks(trainer.callbacks, content["callbacks"])
+    # Nothing fails from here on: after an error the trainer is what it was.
     trainer.stopped_models = dict(loop.early_stopping.stopped)
     trainer.diverged_models = set(loop.early_stopping.diverged)
     trainer.store.best = content["best"]
     trainer.logs = dict(content["metrics"])
     trainer.model_metrics = model_metrics_of(trainer.logs)
     trainer.preemption_count = content["preemption_count"]
-    restore_callbacks(trainer.callbacks, content["callbacks"])
     for key, value in _environment().items():
         if content["environment"].get(key) != value:
             _LOGGER.warning(
