@@ -214,7 +214,7 @@ class GenericTrainer(TrainerHooks):
             with messages_as_configured(at_places(self.config.logging, self._log_places)), chosen:
                 with failing_together():
                     loop = self._make_loop(train_loader, val_loader)
-                check_ranks(loop.steps_per_epoch(), validates=val_loader is not None)
+                check_ranks(loop.batches_per_epoch(), validates=val_loader is not None)
                 with self._held_folder():
                     goes_back = self._to_load is not None or not self.config.auto_resume
                     with failing_together():

@@ -8,7 +8,6 @@ on from there ends like one that was never left.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -171,10 +170,9 @@ class TrainingLoop:
         """
         return self.val_loader is None or (epoch + 1) % self.trainer.config.validate_every_n_epochs == 0
 
-    def steps_per_epoch(self) -> int | None:
-        """How many optimizer steps an epoch has; None where its length is unknown."""
-        batches = _length(self.train_loader)
-        return None if batches is None else math.ceil(batches / self.trainer.config.gradient_accumulation_steps)
+    def batches_per_epoch(self) -> int | None:
+        """How many training batches an epoch has; None where that is unknown."""
+        return _length(self.train_loader)
 
     def close(self) -> None:
         """Let loader processes and log files go; the state of the run can still be saved."""

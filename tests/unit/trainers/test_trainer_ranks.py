@@ -14,7 +14,7 @@ import torch
 from torch import distributed, nn
 from torch.utils.data import DataLoader, Subset
 
-from tests.training_runs import Recorder, Rows, make_loader
+from tests.training_runs import Again, Recorder, Rows, make_loader
 from trainers.config.schema import LoggingConfig
 from trainers.errors import TrainerError
 from trainers.ranks import failing_together, rank
@@ -62,13 +62,18 @@ def test_where_a_load_fails_in_one_rank_the_others_keep_their_weights(outcomes: 
         ("loader", "OtherRankFailed: rank 1 failed", "TrainerError: train_loader: received a int"),
         ("architecture", "OtherRankFailed: rank 1 failed", "TrainerError: the checkpoint"),
         ("val_loader", "TrainerError: fit: val_loader: received one on the ranks [0] of 2", None),
-        ("batches", "TrainerError: fit: train_loader: received [4, 3] optimizer steps", None),
+        ("batches", "TrainerError: fit: train_loader: received [4, 3] batches an epoch", None),
+        ("accumulated", "TrainerError: fit: train_loader: received [4, 3] batches an epoch", None),
         ("checkpoints", "received rank 0 from the beginning, rank 1 from step 4; expected the same one", None),
     ],
 )
 def test_errors_are_shared(case: str, first: str, second: str | None, outcomes: list[dict[str, Any]]) -> None:
     assert first in outcomes[0][case]
     assert (second or first) in outcomes[1][case]
+
+
+def test_a_loader_of_unknown_length_is_not_refused(outcomes: list[dict[str, Any]]) -> None:
+    assert [own["unknown_length"] for own in outcomes] == [8, 8]
 
 
 def test_where_nobody_fails() -> None:
@@ -154,6 +159,9 @@ def _rank(number: int, folder: str) -> None:
     failure("loader", train=batches if number == 0 else 5)
     failure("val_loader", val=batches if number == 0 else None)
     failure("batches", train=batches[: 4 - number])
+    failure("accumulated", train=batches[: 4 - number], gradient_accumulation_steps=2)
+    # As many as on the other rank, but it does not say so.
+    noted["unknown_length"] = fit("unknown_length", train=batches if number == 0 else Again()).global_step
     fit("architecture", save_top_k=-1)
     started: list[Noting] = []
     failure("architecture", width=1 + number, auto_resume=True, prepare=started.append)
