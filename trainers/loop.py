@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from trainers.errors import TrainerError
 from trainers.loaders.resumable import ResumableLoader
 from trainers.preemption.boundaries import Boundaries
-from trainers.ranks import gathered_from_ranks, is_distributed
+from trainers.ranks import failing_together, gathered_from_ranks, is_distributed
 from trainers.reporting.early_stopping import EarlyStopping
 from trainers.reporting.loggers import MetricLogger
 from trainers.reporting.metrics import MetricSums, description
@@ -322,8 +322,9 @@ class TrainingLoop:
                 # The ranks meet after every batch, so one without any left waits for the others.
                 if not self.boundaries.leave_if_asked(is_busy=batch is not _NO_BATCH):
                     break
-        if not self._val_batch_idx:
-            raise TrainerError("val_loader", received="no batch in a validation", expected="at least one, or None")
+        with failing_together():
+            if not self._val_batch_idx:
+                raise TrainerError("val_loader", received="no batch in a validation", expected="at least one, or None")
 
     def _validate_batch(self, batch: Any) -> None:
         trainer = self.trainer

@@ -64,6 +64,7 @@ def test_where_a_load_fails_in_one_rank_the_others_keep_their_weights(outcomes: 
         ("val_loader", "TrainerError: fit: val_loader: received one on the ranks [0] of 2", None),
         ("batches", "TrainerError: fit: train_loader: received [4, 3] batches an epoch", None),
         ("accumulated", "TrainerError: fit: train_loader: received [4, 3] batches an epoch", None),
+        ("validation", "TrainerError: val_loader: received no batch in a validation", "OtherRankFailed: rank 0 failed"),
         ("checkpoints", "received rank 0 from the beginning, rank 1 from step 4; expected the same one", None),
     ],
 )
@@ -160,6 +161,7 @@ def _rank(number: int, folder: str) -> None:
     failure("val_loader", val=batches if number == 0 else None)
     failure("batches", train=batches[: 4 - number])
     failure("accumulated", train=batches[: 4 - number], gradient_accumulation_steps=2)
+    failure("validation", val=batches[:number])
     # As many as on the other rank, but it does not say so.
     noted["unknown_length"] = fit("unknown_length", train=batches if number == 0 else Again()).global_step
     fit("architecture", save_top_k=-1)
