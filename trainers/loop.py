@@ -310,7 +310,8 @@ class TrainingLoop:
         ):
             while True:
                 trainer.set_phase(TrainerPhase.VAL_BATCH_LOAD)
-                batch = next(batches, _NO_BATCH)
+                # Not asked again after its end: it might start over.
+                batch = _NO_BATCH if self.val_is_over else next(batches, _NO_BATCH)
                 self.val_is_over = batch is _NO_BATCH
                 if batch is _NO_BATCH and not is_distributed():
                     break

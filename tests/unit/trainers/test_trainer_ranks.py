@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,10 @@ def test_validations_of_different_lengths(outcomes: list[dict[str, Any]]) -> Non
         assert own["whole"] == [[epoch, batch] for epoch in range(2) for batch in range(1 + 2 * number)]
         assert own["steps"] == 8
     assert outcomes[0]["logs"] == outcomes[1]["logs"]
+
+
+def test_a_validation_that_starts_over_after_its_end_is_done_once(outcomes: list[dict[str, Any]]) -> None:
+    assert [own["starting_over"] for own in outcomes] == [own["whole"] for own in outcomes]
 
 
 def test_validations_of_different_lengths_are_resumed(outcomes: list[dict[str, Any]]) -> None:
@@ -96,6 +101,27 @@ class Noting(Recorder):
         return {"loss": float(batch[0].sum())}
 
 
+class StartingOver:
+    """Batches whose iterator begins again where it is asked after its end."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return _AroundAndAround(self.batches)
+
+
+class _AroundAndAround(Iterator[Any]):
+    def __init__(self, batches: list[Any]) -> None:
+        self.rounds = itertools.cycle([*batches, None])
+
+    def __next__(self) -> Any:
+        batch = next(self.rounds)
+        if batch is None:
+            raise StopIteration
+        return batch
+
+
 def _rank(number: int, folder: str) -> None:
     """One of two processes."""
     torch.set_num_threads(1)
@@ -137,6 +163,7 @@ def _rank(number: int, folder: str) -> None:
     val = batches[: 1 + 2 * number]
     trainer = fit("whole", val=val)
     noted |= {"whole": trainer.notes["seen"], "steps": trainer.global_step, "logs": trainer.logs}
+    noted["starting_over"] = fit("starting_over", val=StartingOver(val)).notes["seen"]
     notes: dict[str, Any] = {}
     stopped = fit("stopped", val=val, notes=notes, prepare=ask)
     resumed = fit("stopped", val=val, notes=notes)
