@@ -303,13 +303,13 @@ def test_all_damaged_starts_anew(damage: str, tmp_path: Path, caplog: pytest.Log
         return path.read_bytes()
 
     other.write_bytes(b"something")
-    damaged = [train(), train()]
+    damaged = [train(), train(), train()]
     assert len(run(tmp_path, max_epochs=1, save_top_k=1).notes["samples"]) == 4
     assert "starts from the beginning" in caplog.text
     assert "['epoch_000_step_000004.ckpt', 'of_another_tool.ckpt']" in caplog.text
     assert "epoch_000_step_000004.ckpt is damaged, and a new checkpoint has its name" in caplog.text
     # What may be saved from a damaged file is not lost, and a name that is not needed is left to it.
-    kept = [path.with_name(path.name + ".damaged"), path.with_name(path.name + ".damaged.1")]
+    kept = [path.with_name(path.name + end) for end in (".damaged", ".damaged.1", ".damaged.2")]
     assert [file.read_bytes() for file in kept] == damaged
     assert other.read_bytes() == b"something"
     assert read_checkpoint(path)["global_step"] == 4

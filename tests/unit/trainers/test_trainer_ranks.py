@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Subset
 from tests.training_runs import Again, Recorder, Rows, make_loader
 from trainers.config.schema import LoggingConfig
 from trainers.errors import TrainerError
-from trainers.ranks import failing_together, rank
+from trainers.ranks import rank
 from trainers.reproducibility import seed_everything
 from trainers.settings import GenericTrainerConfig
 
@@ -80,13 +80,6 @@ def test_errors_are_shared(case: str, first: str, second: str | None, outcomes: 
 
 def test_a_loader_of_unknown_length_is_not_refused(outcomes: list[dict[str, Any]]) -> None:
     assert [own["unknown_length"] for own in outcomes] == [8, 8]
-
-
-def test_where_nobody_fails() -> None:
-    with failing_together():
-        pass
-    with pytest.raises(ZeroDivisionError), failing_together():
-        raise ZeroDivisionError
 
 
 class Noting(Recorder):
