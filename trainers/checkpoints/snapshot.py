@@ -210,7 +210,7 @@ def apply_run(trainer: GenericTrainer, loop: TrainingLoop, content: Mapping[str,
 
 
 def is_finished(content: Mapping[str, Any], config: GenericTrainerConfig, early_stopping: EarlyStopping) -> bool:
-    """Whether a checkpoint is that of a complete run, and neither bounds nor patience were raised since.
+    """Whether a checkpoint is that of a complete run, and neither bounds nor a patience that ended it were raised.
 
     Args:
         content: Of the checkpoint.
@@ -229,6 +229,7 @@ def is_finished(content: Mapping[str, Any], config: GenericTrainerConfig, early_
     next_epoch = state.epoch + (state.train is None)
     has_room = next_epoch < config.max_epochs and (config.max_steps is None or state.global_step < config.max_steps)
     early = content["early_stopping"]
+    # Where some models are left, something else has ended the run.
     more_patience = len(early["stopped"]) == len(early["best"]) and bool(early_stopping.revived(early))
     return not ((more_epochs or more_steps or more_patience) and has_room)
 
