@@ -96,6 +96,26 @@ def test_after_a_load_that_failed_the_same_checkpoint_is_loaded(tmp_path: Path) 
     assert trainer.global_step == 4
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), MemoryError("no room")])
+def test_a_lack_of_memory_is_not_taken_for_other_objects(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path, max_epochs=1)
+    trainer = GenericTrainer(GenericTrainerConfig(checkpoint_dir=str(tmp_path)), loss_fn=nn.functional.mse_loss)
+    trainer.model, trainer.optimizer, trainer.scheduler = make_objects("single")
+    before = copy.deepcopy(_objects_of(trainer))
+    load = trainer.optimizer.load_state_dict
+
+    def fails_once(state: dict[str, Any]) -> None:
+        monkeypatch.setattr(trainer.optimizer, "load_state_dict", load)
+        raise error
+
+    monkeypatch.setattr(trainer.optimizer, "load_state_dict", fails_once)
+    with pytest.raises(type(error), match="no room"):
+        trainer.load_checkpoint()
+    assert_identical(_objects_of(trainer), before)
+
+
 @pytest.mark.parametrize("place", [0, 1])
 def test_a_scheduler_that_fails_to_load_leaves_all_as_they_were(place: int, tmp_path: Path) -> None:
     class Refusing(StepLR):
