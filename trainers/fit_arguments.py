@@ -45,11 +45,11 @@ def check_fit_arguments(model: Any, optimizer: Any, scheduler: Any, *, clips: bo
         _check_gradients(model)
 
 
-def check_ranks(steps: int | None, *, validates: bool) -> None:
+def check_ranks(batches: int | None, *, validates: bool) -> None:
     """Refuse loaders with which the processes of a run would wait for each other for ever.
 
     Args:
-        steps: Optimizer steps of an epoch in this process; None if that is unknown.
+        batches: Of an epoch in this process; None if that is unknown.
         validates: Whether it has a ``val_loader``.
 
     Raises:
@@ -58,7 +58,7 @@ def check_ranks(steps: int | None, *, validates: bool) -> None:
     Example:
         >>> check_ranks(3, validates=False)
     """
-    every = gathered_from_ranks((steps, validates))
+    every = gathered_from_ranks((batches, validates))
     with_validation = [rank for rank, (_, validates) in enumerate(every) if validates]
     if with_validation and len(with_validation) < len(every):
         raise TrainerError(
@@ -66,11 +66,11 @@ def check_ranks(steps: int | None, *, validates: bool) -> None:
             received=f"one on the ranks {with_validation} of {len(every)}",
             expected="one on all ranks or on none, because the ranks validate together",
         )
-    if len({steps for steps, _ in every if steps is not None}) > 1:
+    if len({batches for batches, _ in every if batches is not None}) > 1:
         raise TrainerError(
             "fit: train_loader",
-            received=f"{[steps for steps, _ in every]} optimizer steps an epoch on the ranks",
-            expected="as many on all ranks, because they step together",
+            received=f"{[batches for batches, _ in every]} batches an epoch on the ranks",
+            expected="as many on all ranks, because they train together, batch by batch",
             fix="Use a DistributedSampler, or drop_last=True.",
         )
 

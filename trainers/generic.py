@@ -214,7 +214,7 @@ class GenericTrainer(TrainerHooks):
             with messages_as_configured(at_places(self.config.logging, self._log_places)), chosen:
                 with failing_together():
                     loop = self._make_loop(train_loader, val_loader)
-                check_ranks(loop.steps_per_epoch(), validates=val_loader is not None)
+                check_ranks(loop.batches_per_epoch(), validates=val_loader is not None)
                 with self._held_folder():
                     goes_back = self._to_load is not None or not self.config.auto_resume
                     with failing_together():
@@ -503,19 +503,20 @@ class GenericTrainer(TrainerHooks):
     def _set_position(self, state: ResumeState) -> None:
         self.current_phase, self.current_epoch, self.global_step = state.phase, state.epoch, state.global_step
 
-    def _apply_objects(self, loop: TrainingLoop, content: dict[str, Any]) -> None:
+    def _load(self, loop: TrainingLoop, content: dict[str, Any]) -> tuple[ResumeState, dict[str, Any]]:
+        """Take everything over from a checkpoint, but the random generators; returns this rank's part of it."""
         # Where it fails in one process, all keep what they have.
         with kept_on_failure(self, loop.schedulers), failing_together():
-            own_rank(content)
+            own = own_rank(content)
             apply_objects(self, loop.schedulers, content, str(self._source))
+            apply_run(self, loop, content)
         # Only now: after an error, the next fit() with other objects goes on from the same checkpoint.
         self._to_load = None
+        self._set_position(own[0])
+        return own
 
     def _load_complete(self, loop: TrainingLoop, content: dict[str, Any]) -> None:
-        self._apply_objects(loop, content)
-        apply_run(self, loop, content)
-        state, _ = own_rank(content)
-        self._set_position(state)
+        state, _ = self._load(loop, content)
         if state.rng is not None:
             # Where the run was killed after its last save, the program goes on as after the run itself.
             restore_rng_state(state.rng)
@@ -526,8 +527,12 @@ class GenericTrainer(TrainerHooks):
         )
 
     def _run(self, loop: TrainingLoop, content: dict[str, Any] | None, *, goes_back: bool) -> None:
+        state, loader_state = None, None
         if content is not None:
-            self._apply_objects(loop, content)
+            state, loader_state = self._load(loop, content)
+            _LOGGER.info("the run goes on in epoch %d after step %d", state.epoch, state.global_step)
+        else:
+            self._begin_anew()
         self._loop, self._saved_at = loop, None
         if self.config.monitor is not None and self.store.has_one_name():
             _LOGGER.warning(
@@ -536,21 +541,6 @@ class GenericTrainer(TrainerHooks):
                 self.config.filename,
                 self.config.monitor,
             )
-        state, loader_state = None, None
-        self._set_position(ResumeState(TrainerPhase.INIT, 0, 0))
-        self.logs, self.model_metrics, self.preemption_count = {}, {}, 0
-        self.stopped_models, self.diverged_models = {}, set()
-        trackers: dict[str, Any] = {}
-        if content is None and self.config.seed is not None:
-            seed_everything(self.config.seed)
-        if content is not None:
-            apply_run(self, loop, content)
-            state, loader_state = own_rank(content)
-            self._set_position(state)
-            trackers = content["trackers"]
-            _LOGGER.info("the run goes on in epoch %d after step %d", state.epoch, state.global_step)
-        else:
-            self.store.best = None
         self._step_at_start = self.global_step
         train_mode_if_evaluating(self.model)
         with on_first_rank() as is_first:
@@ -561,7 +551,7 @@ class GenericTrainer(TrainerHooks):
                     at_places(self.config.logging, self._log_places),
                     self.config.experiment_name,
                     self.config.to_dict(),
-                    trackers,
+                    {} if content is None else content["trackers"],
                     None if state is None else state.global_step,
                 )
         try:
@@ -581,6 +571,15 @@ class GenericTrainer(TrainerHooks):
         finally:
             self._saves.finish()
             loop.close()
+
+    def _begin_anew(self) -> None:
+        """Forget what an earlier run has left; model, optimizer and schedulers stay as they were given."""
+        self._set_position(ResumeState(TrainerPhase.INIT, 0, 0))
+        self.logs, self.model_metrics, self.preemption_count = {}, {}, 0
+        self.stopped_models, self.diverged_models = {}, set()
+        self.store.best = None
+        if self.config.seed is not None:
+            seed_everything(self.config.seed)
 
     def _tell_late_signals(self) -> None:
         """Pass on what came after the last boundary, which the handlers have kept from the program."""

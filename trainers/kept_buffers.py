@@ -48,11 +48,12 @@ class KeptBuffers:
             self._copies = [buffer.clone() for buffer in buffers]
         self._places = places
 
-    @torch.no_grad()
     def put_back(self) -> None:
         """Give them the values that they had when they were copied."""
         for (table, name, buffer), copied in zip(self._places, self._copies, strict=True):
-            _own_elements(buffer).copy_(copied)
+            # One that was made in inference mode can be written to only there.
+            with torch.inference_mode() if buffer.is_inference() else torch.no_grad():
+                _own_elements(buffer).copy_(copied)
             table[name] = buffer
 
 

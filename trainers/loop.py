@@ -8,7 +8,6 @@ on from there ends like one that was never left.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from torch.utils import _pytree as pytree
 from trainers.errors import TrainerError
 from trainers.loaders.resumable import ResumableLoader
 from trainers.preemption.boundaries import Boundaries
-from trainers.ranks import gathered_from_ranks, is_distributed
+from trainers.ranks import failing_together, gathered_from_ranks, is_distributed
 from trainers.reporting.early_stopping import EarlyStopping
 from trainers.reporting.loggers import MetricLogger
 from trainers.reporting.metrics import MetricSums, description
@@ -171,10 +170,9 @@ class TrainingLoop:
         """
         return self.val_loader is None or (epoch + 1) % self.trainer.config.validate_every_n_epochs == 0
 
-    def steps_per_epoch(self) -> int | None:
-        """How many optimizer steps an epoch has; None where its length is unknown."""
-        batches = _length(self.train_loader)
-        return None if batches is None else math.ceil(batches / self.trainer.config.gradient_accumulation_steps)
+    def batches_per_epoch(self) -> int | None:
+        """How many training batches an epoch has; None where that is unknown."""
+        return _length(self.train_loader)
 
     def close(self) -> None:
         """Let loader processes and log files go; the state of the run can still be saved."""
@@ -312,7 +310,8 @@ class TrainingLoop:
         ):
             while True:
                 trainer.set_phase(TrainerPhase.VAL_BATCH_LOAD)
-                batch = next(batches, _NO_BATCH)
+                # Not asked again after its end: it might start over.
+                batch = _NO_BATCH if self.val_is_over else next(batches, _NO_BATCH)
                 self.val_is_over = batch is _NO_BATCH
                 if batch is _NO_BATCH and not is_distributed():
                     break
@@ -324,8 +323,9 @@ class TrainingLoop:
                 # The ranks meet after every batch, so one without any left waits for the others.
                 if not self.boundaries.leave_if_asked(is_busy=batch is not _NO_BATCH):
                     break
-        if not self._val_batch_idx:
-            raise TrainerError("val_loader", received="no batch in a validation", expected="at least one, or None")
+        with failing_together():
+            if not self._val_batch_idx:
+                raise TrainerError("val_loader", received="no batch in a validation", expected="at least one, or None")
 
     def _validate_batch(self, batch: Any) -> None:
         trainer = self.trainer

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from trainers.checkpoints.files import with_types_of
@@ -46,6 +47,8 @@ def class_names(optimizer: Any, schedulers: Sequence[Any]) -> dict[str, Any]:
 def kept_on_failure(trainer: GenericTrainer, schedulers: Sequence[Any]) -> Iterator[None]:
     """Where something fails in the block, put model, optimizer and schedulers back to what they were.
 
+    Until the block ends, that takes the memory of one more copy of their states, on the devices where they are.
+
     Args:
         trainer: That has them.
         schedulers: All there are.
@@ -71,6 +74,7 @@ def apply_objects(trainer: GenericTrainer, schedulers: Sequence[Any], content: M
     Raises:
         TrainerError: The model is of another architecture, the optimizer or a scheduler of another class or for other
             parameters, or there is another number of schedulers.
+        MemoryError: There is no room for the state; ``torch.OutOfMemoryError`` on a GPU.
     """
     _check_classes(trainer, schedulers, content, source)
     if content["optimizer_state_dict"] is None:
@@ -79,6 +83,8 @@ def apply_objects(trainer: GenericTrainer, schedulers: Sequence[Any], content: M
         _LOGGER.warning("the checkpoint has no scheduler state: the schedule starts anew")
     try:
         _load(trainer, schedulers, content)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise TrainerError(

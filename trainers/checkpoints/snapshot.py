@@ -190,13 +190,14 @@ def apply_run(trainer: GenericTrainer, loop: TrainingLoop, content: Mapping[str,
         scaler.load_state_dict(content["scaler_state_dict"])
     loop.early_stopping.load_state_dict(content["early_stopping"])
     loop.training.set_active(loop.early_stopping.active())
+    restore_callbacks(trainer.callbacks, content["callbacks"])
+    # Nothing fails from here on: after an error the trainer is what it was.
     trainer.stopped_models = dict(loop.early_stopping.stopped)
     trainer.diverged_models = set(loop.early_stopping.diverged)
     trainer.store.best = content["best"]
     trainer.logs = dict(content["metrics"])
     trainer.model_metrics = model_metrics_of(trainer.logs)
     trainer.preemption_count = content["preemption_count"]
-    restore_callbacks(trainer.callbacks, content["callbacks"])
     for key, value in _environment().items():
         if content["environment"].get(key) != value:
             _LOGGER.warning(
@@ -209,7 +210,7 @@ def apply_run(trainer: GenericTrainer, loop: TrainingLoop, content: Mapping[str,
 
 
 def is_finished(content: Mapping[str, Any], config: GenericTrainerConfig, early_stopping: EarlyStopping) -> bool:
-    """Whether a checkpoint is that of a complete run, and neither bounds nor patience were raised since.
+    """Whether a checkpoint is that of a complete run, and neither bounds nor a patience that ended it were raised.
 
     Args:
         content: Of the checkpoint.
@@ -228,6 +229,7 @@ def is_finished(content: Mapping[str, Any], config: GenericTrainerConfig, early_
     next_epoch = state.epoch + (state.train is None)
     has_room = next_epoch < config.max_epochs and (config.max_steps is None or state.global_step < config.max_steps)
     early = content["early_stopping"]
+    # Where some models are left, something else has ended the run.
     more_patience = len(early["stopped"]) == len(early["best"]) and bool(early_stopping.revived(early))
     return not ((more_epochs or more_steps or more_patience) and has_room)
 

@@ -261,8 +261,11 @@ def test_models_whose_patience_was_raised_have_metrics_of_every_epoch_from_then_
 def test_other_names(tmp_path: Path) -> None:
     fit(make_population(tmp_path), None, StopAt(batch=1))
     for names in ([*NAMES[:4], "other"], NAMES[::-1]):
+        population = make_population(tmp_path, names=names)
+        before = [dict(population.model(name).state_dict()) for name in names]
         with pytest.raises(TrainerError, match="the models of the population at resume: received a checkpoint of "):
-            fit(make_population(tmp_path, names=names))
+            fit(population)
+        assert_identical([dict(population.model(name).state_dict()) for name in names], before)
 
 
 # --- what is given

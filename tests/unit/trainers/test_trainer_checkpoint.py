@@ -258,14 +258,10 @@ def test_death_during_a_save_leaves_the_old_file(moment: str, tmp_path: Path, mo
 def test_damaged_newest_is_skipped(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole = final_state(run(tmp_path, save_top_k=-1))
     newest = tmp_path / "epoch_002_step_000012.ckpt"
-    data = bytearray(newest.read_bytes())
-    if damage == "flipped":
-        # Within a tensor, which no reader of pickles would notice.
-        place = data.rindex(torch.load(newest)["model_state_dict"]["0.weight"].numpy().tobytes())
-        data[place] ^= 1
     executed = tmp_path / "executed"
     hostile = pickle.dumps(Hostile(executed))
-    newest.write_bytes({"cut": data[:-200], "empty": b"", "hostile": hostile}.get(damage, data))
+    cut, flipped = newest.read_bytes()[:-200], _flipped(newest)
+    newest.write_bytes({"cut": cut, "flipped": flipped, "empty": b"", "hostile": hostile}[damage])
     with pytest.raises(DamagedCheckpointError, match="epoch_002"):
         GenericTrainer(GenericTrainerConfig(checkpoint_dir=str(tmp_path))).load_checkpoint(newest)
     resumed = run(tmp_path)
@@ -273,6 +269,24 @@ def test_damaged_newest_is_skipped(damage: str, tmp_path: Path, caplog: pytest.L
     assert_identical({**final_state(resumed), "notes": None}, {**whole, "notes": None})
     assert "epoch_002_step_000012.ckpt" in caplog.text
     assert not executed.exists()
+
+
+def test_a_damaged_file_is_not_counted_among_those_that_are_kept(tmp_path: Path) -> None:
+    run(tmp_path, save_top_k=2)
+    newest = tmp_path / "epoch_002_step_000012.ckpt"
+    data = _flipped(newest)
+    newest.write_bytes(data)
+    assert run(tmp_path, save_top_k=2, stop_at=1).global_step == 10
+    # Two that can be used, and the damaged one, whose name was not needed.
+    assert _steps(tmp_path) == [8, 10, 12]
+    assert newest.read_bytes() == data
+
+
+def _flipped(path: Path) -> bytes:
+    """Changed within a tensor, which no reader of pickles would notice."""
+    data = bytearray(path.read_bytes())
+    data[data.rindex(torch.load(path)["model_state_dict"]["0.weight"].numpy().tobytes())] ^= 1
+    return bytes(data)
 
 
 class Hostile:
@@ -297,19 +311,17 @@ def test_all_damaged_starts_anew(damage: str, tmp_path: Path, caplog: pytest.Log
 
     def train() -> bytes:
         run(tmp_path, max_epochs=1)
-        data = bytearray(path.read_bytes())
-        data[data.rindex(torch.load(path)["model_state_dict"]["0.weight"].numpy().tobytes())] ^= 1
-        path.write_bytes(data if damage == "flipped" else data[:-200])
+        path.write_bytes(_flipped(path) if damage == "flipped" else path.read_bytes()[:-200])
         return path.read_bytes()
 
     other.write_bytes(b"something")
-    damaged = [train(), train()]
+    damaged = [train(), train(), train()]
     assert len(run(tmp_path, max_epochs=1, save_top_k=1).notes["samples"]) == 4
     assert "starts from the beginning" in caplog.text
     assert "['epoch_000_step_000004.ckpt', 'of_another_tool.ckpt']" in caplog.text
     assert "epoch_000_step_000004.ckpt is damaged, and a new checkpoint has its name" in caplog.text
     # What may be saved from a damaged file is not lost, and a name that is not needed is left to it.
-    kept = [path.with_name(path.name + ".damaged"), path.with_name(path.name + ".damaged.1")]
+    kept = [path.with_name(path.name + end) for end in (".damaged", ".damaged.1", ".damaged.2")]
     assert [file.read_bytes() for file in kept] == damaged
     assert other.read_bytes() == b"something"
     assert read_checkpoint(path)["global_step"] == 4

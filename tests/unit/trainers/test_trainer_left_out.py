@@ -112,6 +112,21 @@ def test_buffers_are_copied_to_the_same_place_every_time() -> None:
     empty.put_back()
 
 
+@pytest.mark.parametrize("is_expanded", [False, True])
+def test_a_buffer_of_inference_mode_is_put_back(is_expanded: bool) -> None:
+    model = nn.Module()
+    with torch.inference_mode():
+        model.register_buffer("mask", torch.ones(1, 2).expand(3, 2) if is_expanded else torch.ones(3, 2))
+    before = model.mask
+    kept = KeptBuffers(model)
+    kept.keep()
+    with torch.inference_mode():
+        model.mask[:1].zero_()
+    kept.put_back()
+    assert model.mask is before
+    assert model.mask.equal(torch.ones(3, 2))
+
+
 @pytest.mark.parametrize("backend", ["torch", "jax"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_stop_says_that_weights_are_broken_already(backend: str, accumulate: int, tmp_path: Path) -> None:

@@ -14,11 +14,12 @@ from torch.optim.lr_scheduler import ConstantLR, ExponentialLR, SequentialLR, St
 
 from mb_torch import ModelBatch, OptimizerFactory
 from tests.training_runs import assert_identical, make_loader, make_objects, run
+from trainers.callbacks import TrainingCallback
 from trainers.checkpoints.objects import class_names
 from trainers.errors import TrainerError
 from trainers.generic import GenericTrainer
 from trainers.settings import GenericTrainerConfig
-from trainers.states import capture_rng_state, rng_to_dict
+from trainers.states import ResumeState, capture_rng_state, rng_to_dict
 
 
 @pytest.mark.parametrize("kind", ["single", "batch"])
@@ -95,6 +96,26 @@ def test_after_a_load_that_failed_the_same_checkpoint_is_loaded(tmp_path: Path) 
     assert trainer.global_step == 4
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), MemoryError("no room")])
+def test_a_lack_of_memory_is_not_taken_for_other_objects(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path, max_epochs=1)
+    trainer = GenericTrainer(GenericTrainerConfig(checkpoint_dir=str(tmp_path)), loss_fn=nn.functional.mse_loss)
+    trainer.model, trainer.optimizer, trainer.scheduler = make_objects("single")
+    before = copy.deepcopy(_objects_of(trainer))
+    load = trainer.optimizer.load_state_dict
+
+    def fails_once(state: dict[str, Any]) -> None:
+        monkeypatch.setattr(trainer.optimizer, "load_state_dict", load)
+        raise error
+
+    monkeypatch.setattr(trainer.optimizer, "load_state_dict", fails_once)
+    with pytest.raises(type(error), match="no room"):
+        trainer.load_checkpoint()
+    assert_identical(_objects_of(trainer), before)
+
+
 @pytest.mark.parametrize("place", [0, 1])
 def test_a_scheduler_that_fails_to_load_leaves_all_as_they_were(place: int, tmp_path: Path) -> None:
     class Refusing(StepLR):
@@ -127,6 +148,54 @@ def test_a_scheduler_that_fails_to_load_leaves_all_as_they_were(place: int, tmp_
 
     fit(refuses=False)
     fit(refuses=True)
+
+
+class Choosy(TrainingCallback):
+    """May refuse its state once; notes from where a run goes on."""
+
+    refuses = False
+    steps: list[int]
+
+    def on_resume_from_checkpoint(self, trainer: GenericTrainer, resume_state: ResumeState) -> None:
+        self.steps.append(resume_state.global_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.refuses:
+            self.refuses = False
+            raise ValueError("not yet")
+
+
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_a_callback_that_fails_to_load_leaves_all_as_they_were(is_complete: bool, tmp_path: Path) -> None:
+    choosy = Choosy()
+
+    def start(folder: Path, epochs: int) -> tuple[GenericTrainer, list[Any]]:
+        model, optimizer, scheduler = make_objects("single")
+        config = GenericTrainerConfig(checkpoint_dir=str(folder), max_epochs=epochs, save_top_k=-1)
+        trainer = GenericTrainer(config, loss_fn=nn.functional.mse_loss)
+        trainer.add_callback(choosy)
+        return trainer, [model, optimizer, make_loader("list"), None, scheduler]
+
+    trainer, objects = start(tmp_path / "given", 1 if is_complete else 2)
+    trainer.fit(*objects)
+    # There is a later one in the folder than the one that is asked for.
+    start(tmp_path / "later", 2)[0].fit(*objects)
+    trainer, objects = start(tmp_path / "later", 1 if is_complete else 2)
+    trainer.load_checkpoint(tmp_path / "given" / "epoch_000_step_000004.ckpt")
+    trainer.model, trainer.optimizer, _, _, trainer.scheduler = objects
+    before = copy.deepcopy(_objects_of(trainer))
+    choosy.refuses = True
+    with pytest.raises(ValueError, match="not yet"):
+        trainer.fit(*objects)
+    assert_identical(_objects_of(trainer), before)
+    assert (trainer.global_step, trainer.logs, trainer.current_phase.name) == (0, {}, "INIT")
+    choosy.steps = []
+    trainer.fit(*objects)
+    assert choosy.steps == ([] if is_complete else [4])
+    assert trainer.global_step == (4 if is_complete else 8)
 
 
 def test_checkpoints_that_do_not_say_the_classes(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from tests.training_runs import Recorder, assert_identical, final_state, make_lo
 from trainers import ranks
 from trainers.callbacks import TrainingCallback
 from trainers.checkpoints.files import read_checkpoint
+from trainers.checkpoints.store import CheckpointStore
 from trainers.errors import TrainerError
 from trainers.generic import GenericTrainer
 from trainers.preemption.signals import is_at_its_time_limit, is_being_preempted
@@ -267,6 +269,33 @@ def test_a_slow_slurm_is_not_waited_for_before_the_save(
     assert (trainer.preempted, trainer.requeued, trainer.preemption_count) == (True, True, 0)
     # Slurm may end the job as soon as it is requeued.
     assert [read_checkpoint(path)["preemption_count"] for path in (at_requeue, saved)] == [0, 0]
+
+
+@pytest.mark.parametrize("is_requeued", [True, False])
+def test_a_run_that_was_saved_is_requeued_where_its_count_cannot_be_corrected(
+    is_requeued: bool, slurm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Slurm answers only after the first save, or refuses the requeue; the disk is full then."""
+    monkeypatch.setattr("trainers.preemption.requeueing._SECONDS_BEFORE_THE_SAVE", 0.2)
+    saved = tmp_path / "run" / "latest.ckpt"
+    (tmp_path / "bin" / "scontrol").write_text(
+        f'#!/bin/sh\necho "$*" >> {slurm.calls_file}\n[ -e {saved} ] || exec sleep 60\n'
+        f'echo "{AT_THE_LIMIT if is_requeued else PREEMPTED}"\n[ "$1" = show ] || exit {int(not is_requeued)}\n'
+    )
+    store_save, counts = CheckpointStore.save, []
+
+    def save(store: CheckpointStore, name: str, content: dict[str, Any], **options: Any) -> Path:
+        counts.append(content["preemption_count"])
+        if len(counts) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return store_save(store, name, content, **options)
+
+    monkeypatch.setattr(CheckpointStore, "save", save)
+    trainer = run(tmp_path / "run", trainer_class=Signalled, stop_at=1)
+    assert slurm.requeues == ["requeue 7"]
+    assert (trainer.preempted, trainer.requeued, counts) == (True, is_requeued, [1, 0])
+    assert "preemption_count could not be corrected" in caplog.text
+    assert read_checkpoint(saved)["preemption_count"] == 1
 
 
 @pytest.mark.parametrize("missing", [True, False])

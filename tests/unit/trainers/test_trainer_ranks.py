@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ import torch
 from torch import distributed, nn
 from torch.utils.data import DataLoader, Subset
 
-from tests.training_runs import Recorder, Rows, make_loader
+from tests.training_runs import Again, Recorder, Rows, make_loader
 from trainers.config.schema import LoggingConfig
 from trainers.errors import TrainerError
-from trainers.ranks import failing_together, rank
+from trainers.ranks import rank
 from trainers.reproducibility import seed_everything
 from trainers.settings import GenericTrainerConfig
 
@@ -35,6 +36,10 @@ def test_validations_of_different_lengths(outcomes: list[dict[str, Any]]) -> Non
         assert own["whole"] == [[epoch, batch] for epoch in range(2) for batch in range(1 + 2 * number)]
         assert own["steps"] == 8
     assert outcomes[0]["logs"] == outcomes[1]["logs"]
+
+
+def test_a_validation_that_starts_over_after_its_end_is_done_once(outcomes: list[dict[str, Any]]) -> None:
+    assert [own["starting_over"] for own in outcomes] == [own["whole"] for own in outcomes]
 
 
 def test_validations_of_different_lengths_are_resumed(outcomes: list[dict[str, Any]]) -> None:
@@ -62,7 +67,9 @@ def test_where_a_load_fails_in_one_rank_the_others_keep_their_weights(outcomes: 
         ("loader", "OtherRankFailed: rank 1 failed", "TrainerError: train_loader: received a int"),
         ("architecture", "OtherRankFailed: rank 1 failed", "TrainerError: the checkpoint"),
         ("val_loader", "TrainerError: fit: val_loader: received one on the ranks [0] of 2", None),
-        ("batches", "TrainerError: fit: train_loader: received [4, 3] optimizer steps", None),
+        ("batches", "TrainerError: fit: train_loader: received [4, 3] batches an epoch", None),
+        ("accumulated", "TrainerError: fit: train_loader: received [4, 3] batches an epoch", None),
+        ("validation", "TrainerError: val_loader: received no batch in a validation", "OtherRankFailed: rank 0 failed"),
         ("checkpoints", "received rank 0 from the beginning, rank 1 from step 4; expected the same one", None),
     ],
 )
@@ -71,11 +78,8 @@ def test_errors_are_shared(case: str, first: str, second: str | None, outcomes: 
     assert (second or first) in outcomes[1][case]
 
 
-def test_where_nobody_fails() -> None:
-    with failing_together():
-        pass
-    with pytest.raises(ZeroDivisionError), failing_together():
-        raise ZeroDivisionError
+def test_a_loader_of_unknown_length_is_not_refused(outcomes: list[dict[str, Any]]) -> None:
+    assert [own["unknown_length"] for own in outcomes] == [8, 8]
 
 
 class Noting(Recorder):
@@ -88,6 +92,27 @@ class Noting(Recorder):
         if rank() == 1 and (self.current_epoch, batch_idx) == self.asks:
             self.request_preemption()
         return {"loss": float(batch[0].sum())}
+
+
+class StartingOver:
+    """Batches whose iterator begins again where it is asked after its end."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return _AroundAndAround(self.batches)
+
+
+class _AroundAndAround(Iterator[Any]):
+    def __init__(self, batches: list[Any]) -> None:
+        self.rounds = itertools.cycle([*batches, None])
+
+    def __next__(self) -> Any:
+        batch = next(self.rounds)
+        if batch is None:
+            raise StopIteration
+        return batch
 
 
 def _rank(number: int, folder: str) -> None:
@@ -131,6 +156,7 @@ def _rank(number: int, folder: str) -> None:
     val = batches[: 1 + 2 * number]
     trainer = fit("whole", val=val)
     noted |= {"whole": trainer.notes["seen"], "steps": trainer.global_step, "logs": trainer.logs}
+    noted["starting_over"] = fit("starting_over", val=StartingOver(val)).notes["seen"]
     notes: dict[str, Any] = {}
     stopped = fit("stopped", val=val, notes=notes, prepare=ask)
     resumed = fit("stopped", val=val, notes=notes)
@@ -154,6 +180,10 @@ def _rank(number: int, folder: str) -> None:
     failure("loader", train=batches if number == 0 else 5)
     failure("val_loader", val=batches if number == 0 else None)
     failure("batches", train=batches[: 4 - number])
+    failure("accumulated", train=batches[: 4 - number], gradient_accumulation_steps=2)
+    failure("validation", val=batches[:number])
+    # As many as on the other rank, but it does not say so.
+    noted["unknown_length"] = fit("unknown_length", train=batches if number == 0 else Again()).global_step
     fit("architecture", save_top_k=-1)
     started: list[Noting] = []
     failure("architecture", width=1 + number, auto_resume=True, prepare=started.append)

@@ -240,6 +240,23 @@ def test_raised_patience_goes_on(
     assert ("models [0, 1, 2] are trained again" in caplog.text) == (kind == "batch")
 
 
+def test_a_raised_patience_changes_nothing_where_a_hook_ended_the_run(tmp_path: Path) -> None:
+    class Ended(Recorder):
+        def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+            return {"loss": torch.tensor([1.0, -1.0, -1.0]) * self.current_epoch}
+
+        def on_epoch_end(self, epoch: int, logs: dict[str, Any]) -> None:
+            self.stop_training = epoch == 1
+
+    def fit(patience: int) -> Recorder:
+        return run(tmp_path, "batch", trainer_class=Ended, early_stopping_patience=patience, max_epochs=6)
+
+    first = fit(1)
+    # One of the models had stopped, but that is not what ended the run.
+    assert (list(first.stopped_models), first.global_step) == ([0], 8)
+    assert fit(3).global_step == 8
+
+
 def test_auto_resume_off_starts_again(tmp_path: Path) -> None:
     whole = final_state(run(tmp_path))
     again = run(tmp_path, auto_resume=False)
