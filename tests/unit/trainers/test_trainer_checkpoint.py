@@ -187,13 +187,77 @@ def test_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: 
     assert caplog.text.count("no link can be made") == 2
 
 
-def test_one_name_for_all_keeps_no_false_best(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("in_background", [False, True])
+@pytest.mark.parametrize("stop_at", [None, 6, 19])
+def test_states_that_the_pattern_gives_one_name_do_not_replace_each_other(
+    stop_at: int | None, in_background: bool, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"filename": "m-{val_loss:.1f}.ckpt", "monitor": "val_loss", "save_top_k": 3}
+    settings |= {"max_epochs": 5, "save_in_background": in_background}
+    notes = {"values": [1.40, 1.21, 1.23, 1.24, 1.22]}
+    if stop_at is not None:
+        assert run(tmp_path, trainer_class=Valued, notes=notes, stop_at=stop_at, **settings).preempted
+    trainer = run(tmp_path, trainer_class=Valued, notes=notes, **settings)
+    contents = {name: read_checkpoint(tmp_path / name) for name in _names(tmp_path)}
+    assert sorted(content["global_step"] for content in contents.values()) == [8, 12, 20]
+    assert all(name.startswith("m-1.2") and name == content["file"] for name, content in contents.items())
+    assert read_checkpoint(tmp_path / "best.ckpt")["global_step"] == 8
+    assert trainer.store.best == {"metric": "val_loss", "value": 1.21, "file": os.readlink(tmp_path / "best.ckpt")}
+    latest = read_checkpoint(tmp_path / "latest.ckpt")
+    assert (latest["global_step"], latest["resume_state"]["phase"]) == (20, "TRAINING_COMPLETE")
+
+
+def test_a_copy_that_somebody_made_keeps_its_name(tmp_path: Path) -> None:
+    run(tmp_path, max_epochs=1, filename="{epoch}")
+    shutil.copy(tmp_path / "0.ckpt", tmp_path / "1.ckpt")
+    run(tmp_path, max_epochs=2, filename="{epoch}")
+    assert {name: read_checkpoint(tmp_path / name)["global_step"] for name in _names(tmp_path)} == {
+        "0.ckpt": 4,
+        "1.ckpt": 4,
+        "1-1.ckpt": 8,
+    }
+
+
+def test_save_checkpoint_returns_the_name_with_its_number(tmp_path: Path) -> None:
+    class Saves(Recorder):
+        def on_batch_end(self, batch_idx: int, logs: dict[str, Any]) -> None:
+            super().on_batch_end(batch_idx, logs)
+            notes.setdefault("paths", []).append(self.save_checkpoint().name)
+
+    notes: dict[str, Any] = {}
+    run(tmp_path, trainer_class=Saves, notes=notes, filename="e{epoch}", max_epochs=1, save_in_background=True)
+    assert notes["paths"] == ["e0.ckpt", "e0-1.ckpt", "e0-2.ckpt", "e0-3.ckpt"]
+    assert [read_checkpoint(tmp_path / name)["global_step"] for name in notes["paths"]] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("values", "monitor", "kept"),
+    [
+        ([1.0, 2.0, 3.0], "val_loss", {"model.ckpt": 4, "model-1.ckpt": 12}),
+        ([2.0, 1.0, 3.0], "val_loss", {"model.ckpt": 12, "model-1.ckpt": 8}),
+        ([1.0, 2.0, 3.0], None, {"model.ckpt": 12}),
+    ],
+)
+def test_one_name_for_all_replaces_all_but_the_best(
+    values: list[float], monitor: str | None, kept: dict[str, int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    notes = {"values": values}
+    run(tmp_path, trainer_class=Valued, notes=notes, filename="model.ckpt", monitor=monitor, save_every_n_steps=1)
+    assert {name: read_checkpoint(tmp_path / name)["global_step"] for name in _names(tmp_path)} == kept
+    assert read_checkpoint(tmp_path / "latest.ckpt")["global_step"] == 12
+    assert ("one name for all states" in caplog.text) is (monitor is not None)
+    if monitor is not None:
+        assert read_checkpoint(tmp_path / "best.ckpt")["metrics"]["val_loss"] == min(values)
+
+
+def test_a_best_that_was_removed_is_not_the_file_that_gets_its_name(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"trainer_class": Valued, "filename": "model.ckpt", "monitor": "val_loss"}
     notes = {"values": [1.0, 2.0, 3.0]}
-    run(tmp_path, trainer_class=Valued, notes=notes, filename="model.ckpt", monitor="val_loss")
-    assert _names(tmp_path) == ["model.ckpt"]
+    run(tmp_path, notes=notes, max_epochs=2, **settings)
+    (tmp_path / "model.ckpt").unlink()
+    run(tmp_path, notes=notes, **settings)
     assert not (tmp_path / "best.ckpt").is_symlink()
     assert read_checkpoint(tmp_path / "latest.ckpt")["best"]["file"] is None
-    assert "without {step} and {epoch}" in caplog.text
 
 
 class Dies(BaseException):
