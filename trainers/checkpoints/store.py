@@ -136,7 +136,7 @@ class CheckpointStore:
                 try:
                     content = read_header(path)
                 except DamagedCheckpointError as error:
-                    _LOGGER.warning("%s; the file is skipped", error)
+                    _LOGGER.warning("%s: the file is skipped, and the newest good one is used", error.problem)
                     self.damaged.append(path.name)
                     continue
                 except MissingCheckpointError:
@@ -163,7 +163,7 @@ class CheckpointStore:
                 return read_checkpoint(self.folder / file.name)
             # Another process may train here, and keep only so many.
             except (DamagedCheckpointError, MissingCheckpointError) as error:
-                _LOGGER.warning("%s; an older checkpoint is used", error)
+                _LOGGER.warning("%s: an older checkpoint is used", error.problem)
                 if isinstance(error, DamagedCheckpointError):
                     self.damaged.append(file.name)
                 self.files.remove(file)

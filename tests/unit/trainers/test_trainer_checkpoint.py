@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -337,6 +339,69 @@ def test_damaged_newest_is_skipped(damage: str, tmp_path: Path, caplog: pytest.L
     assert_identical({**final_state(resumed), "notes": None}, {**whole, "notes": None})
     assert "epoch_002_step_000012.ckpt" in caplog.text
     assert not executed.exists()
+
+
+def _edited(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    content = torch.load(path, weights_only=True)
+    edit(content)
+    torch.save(content, path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda path: path.write_bytes(b""), "is empty"),
+        (lambda path: path.write_bytes(b"something else"), "is truncated, or no checkpoint"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "is truncated, or no checkpoint"),
+        (lambda path: path.write_bytes(path.read_bytes()[:2000]), "is truncated, or no checkpoint"),
+        (lambda path: torch.save(Hostile(path), path), "holds more than tensors and plain data"),
+        (lambda path: torch.save([1], path), "is no checkpoint of a run: received a list"),
+        (lambda path: _edited(path, lambda c: c.pop("optimizer_state_dict")), "without ['optimizer_state_dict']"),
+        (lambda path: _edited(path, lambda c: c.pop("loader_state")), "without ['loader_state']"),
+        (lambda path: _edited(path, lambda c: c.update(resume_state=None)), "received a NoneType as 'resume_state'"),
+        (lambda path: _edited(path, lambda c: c.update(metrics=None)), "received a NoneType as 'metrics'"),
+        (lambda path: _edited(path, lambda c: c["resume_state"].pop("epoch")), "a resume_state without ['epoch']"),
+        (lambda path: _edited(path, lambda c: c["resume_state"].update(phase="FOO")), "FOO"),
+        (lambda path: _edited(path, lambda c: c["resume_state"].update(val={"what": 1})), "incomplete or altered"),
+    ],
+)
+def test_what_is_no_checkpoint_is_named_and_an_older_one_is_used(
+    damage: Callable[[Path], Any], text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(tmp_path, max_epochs=2)
+    newest = tmp_path / "epoch_001_step_000008.ckpt"
+    damage(newest)
+    trainer = GenericTrainer(GenericTrainerConfig(checkpoint_dir=str(tmp_path)))
+    with pytest.raises(DamagedCheckpointError, match=re.escape(text)) as caught:
+        trainer.load_checkpoint(newest)
+    assert str(newest) in str(caught.value)
+    assert "load_checkpoint() without a path" in str(caught.value)
+    assert trainer.load_checkpoint().global_step == 4
+    caplog.clear()
+    assert len(run(tmp_path, max_epochs=2).notes["samples"]) == 4
+    (message,) = [record.getMessage() for record in caplog.records if "the newest good one is used" in record.message]
+    assert str(newest) in message
+    assert text in message
+    assert "torch.save" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("edit", "text"),
+    [
+        (lambda content: content.update(format_version=99), "format version 99"),
+        (lambda content: content["resume_state"].update(version="v9"), "resume state version v9"),
+    ],
+)
+def test_a_checkpoint_of_another_version_is_named(
+    edit: Callable[[dict[str, Any]], Any], text: str, tmp_path: Path
+) -> None:
+    run(tmp_path, max_epochs=1)
+    path = tmp_path / "epoch_000_step_000004.ckpt"
+    _edited(path, edit)
+    for load in (lambda: run(tmp_path), lambda: read_checkpoint(path)):
+        with pytest.raises(TrainerError, match=f"{re.escape(str(path))}: received {text}; expected"):
+            load()
+    assert _names(tmp_path) == [path.name]
 
 
 class Hostile:
