@@ -18,6 +18,7 @@ from torch import nn
 from tests.training_runs import Recorder, assert_identical, final_state, make_loader, make_objects, run
 from trainers.callbacks import TrainingCallback
 from trainers.checkpoints.files import read_checkpoint, to_plain
+from trainers.checkpoints.snapshot import restore_callbacks
 from trainers.checkpoints.store import LATEST, SET_ASIDE, CheckpointStore
 from trainers.config.errors import ConfigurationError
 from trainers.errors import CheckpointTimeoutError, DamagedCheckpointError, PreemptionTimeoutError, TrainerError
@@ -579,6 +580,55 @@ def test_callback_states_are_restored(tmp_path: Path) -> None:
         run(tmp_path, trainer_class=WithCounter, stop_at=stop_at, notes=notes, loader="list")
         counts.append(counter.count)
     assert counts[-1] == 12
+
+
+class Stateless(TrainingCallback):
+    pass
+
+
+class WithState(TrainingCallback):
+    state: Any = "new"
+
+    def state_dict(self) -> Any:
+        return self.state
+
+    def load_state_dict(self, state: Any) -> None:
+        self.state = state
+
+
+class OtherState(WithState):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "begin_anew", "unused"),
+    [
+        ([], [Stateless], [], []),
+        ([Stateless], [], [], []),
+        ([WithState, Stateless], [WithState], [], []),
+        ([WithState, OtherState], [OtherState, WithState], [], []),
+        ([Stateless], [WithState], ["WithState"], []),
+        ([WithState], [Stateless], [], ["WithState"]),
+        ([WithState, WithState], [WithState, OtherState], ["OtherState"], ["WithState"]),
+    ],
+)
+def test_only_callbacks_with_a_state_are_missed(
+    before: list[type[TrainingCallback]],
+    now: list[type[TrainingCallback]],
+    begin_anew: list[str],
+    unused: list[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    saved: list[dict[str, Any]] = []
+    for kind in before:
+        saved.append({"class": kind.__name__, "state": torch.zeros(2) if issubclass(kind, WithState) else None})
+    callbacks = [kind() for kind in now]
+    restore_callbacks(callbacks, saved)
+    names = [type(callback).__name__ for callback in callbacks if getattr(callback, "state", None) is WithState.state]
+    assert names == begin_anew
+    expected = f"none for {begin_anew}, which begin anew, and those of {unused} are not used"
+    assert (expected in caplog.text) is bool(begin_anew or unused)
+    assert bool(caplog.records) is bool(begin_anew or unused)
 
 
 def test_what_cannot_be_saved_is_named() -> None:
