@@ -39,9 +39,9 @@ from trainers.preemption.signals import SignalFlags
 from trainers.ranks import (
     failing_together,
     is_first_rank,
+    of_first_rank,
     on_first_rank,
     tell_failure,
-    wait_for_all_ranks,
     warn_of_unconnected_tasks,
 )
 from trainers.reporting.loggers import absolute_places, at_places, make_loggers, messages_as_configured
@@ -283,11 +283,12 @@ class GenericTrainer(TrainerHooks):
         try:
             content = collect(self, loop, state)
             has_all_logs = is_ranked and loop.has_all_logs(state.epoch)
+            is_last = emergency or before is TrainerPhase.TRAINING_COMPLETE
+            # Which names are free is known when what is being written is complete.
+            seconds, timeout_error = self._time_for_save(emergency=emergency, is_last=is_last)
             name = self._checkpoint_name(state, has_all_logs=has_all_logs, is_safe=emergency)
             path = self.store.folder / name
             if is_first_rank():
-                is_last = emergency or before is TrainerPhase.TRAINING_COMPLETE
-                seconds, timeout_error = self._time_for_save(emergency=emergency, is_last=is_last)
                 self._saves.save(
                     name,
                     content,
@@ -300,7 +301,8 @@ class GenericTrainer(TrainerHooks):
             tell_failure(error)
             raise
         else:
-            wait_for_all_ranks()
+            # Another rank may not see the files there are.
+            path = of_first_rank(path)
             self.set_phase(TrainerPhase.CHECKPOINT_SAVE_END)
         finally:
             self.set_phase(before)
@@ -481,10 +483,12 @@ class GenericTrainer(TrainerHooks):
         return content
 
     def _time_for_save(self, *, emergency: bool, is_last: bool) -> tuple[float, Callable[[float], TrainerError]]:
-        """Seconds, after what is still being written in the background if this is the last one; makes the error."""
+        """Seconds, once nothing is being written in the background any more; makes the error."""
         if not emergency:
             if is_last:
                 self._saves.finish()
+            else:
+                self._saves.wait()
             return self.config.checkpoint.timeout_seconds, checkpoint_timeout
         allowed, begin = self.config.preemption_timeout, time.monotonic()
         self._saves.finish_within(allowed, preemption_timeout)
@@ -536,8 +540,9 @@ class GenericTrainer(TrainerHooks):
         self._loop, self._saved_at = loop, None
         if self.config.monitor is not None and self.store.has_one_name():
             _LOGGER.warning(
-                "checkpoint.filename: received %r, without {step} and {epoch}: a later state replaces the best by "
-                "monitor=%r, which has the same name, and best.ckpt is lost",
+                "checkpoint.filename: received %r, one name for all states: while one is the best by monitor=%r it "
+                "keeps its file, and others are saved in a second one, with a number in its name; best.ckpt and "
+                "latest.ckpt say which is which",
                 self.config.filename,
                 self.config.monitor,
             )

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainers.errors import TrainerError
+from trainers.errors import DamagedCheckpointError, TrainerError
 
 RESUME_VERSION = "v2.0"
 
@@ -144,7 +144,8 @@ class ResumeState:
             values: A plain dict.
 
         Raises:
-            TrainerError: It is of another version, or incomplete.
+            TrainerError: It is of another version.
+            DamagedCheckpointError: It is incomplete or altered.
         """
         version = values.get("version")
         if version != RESUME_VERSION:
@@ -166,7 +167,9 @@ class ResumeState:
                 timestamp=values["timestamp"],
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise TrainerError(f"the resume state of a checkpoint is incomplete or altered: {error!r}") from error
+            raise DamagedCheckpointError(
+                f"the resume state of a checkpoint is incomplete or altered: {error!r}"
+            ) from error
 
 
 def rng_to_dict(state: RNGState) -> dict[str, Any]:

@@ -29,8 +29,31 @@ from trainers.errors import (
     PreemptionTimeoutError,
     TrainerError,
 )
+from trainers.states import RESUME_VERSION, ResumeState
 
 FORMAT_VERSION = 1
+# What tells the newest checkpoint, and which version of this library goes on from it.
+_IN_ANY_VERSION = {"format_version", "global_step", "save_timestamp", "metrics", "resume_state"}
+_PLACE = {"version", "phase", "epoch", "train", "val"}
+# What a run needs to go on.
+_NEEDED = _IN_ANY_VERSION | {
+    "experiment_name",
+    "epoch",
+    "model_state_dict",
+    "optimizer_state_dict",
+    "scheduler_state_dict",
+    "scaler_state_dict",
+    "loader_state",
+    "other_ranks",
+    "best",
+    "early_stopping",
+    "preemption_count",
+    "callbacks",
+    "trackers",
+    "config",
+    "environment",
+}
+_USE_ANOTHER = "Use another file; load_checkpoint() without a path takes the newest of the run that can be used."
 
 
 def to_plain(value: Any, where: str) -> Any:
@@ -106,17 +129,21 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise MissingCheckpointError(f"{path} does not exist") from error
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, MemoryError) as error:
-        raise _unusable(path, f"is no checkpoint: {error}", error) from error
+        raise _unusable(path, error) from error
     if bad is not None:
-        raise DamagedCheckpointError(f"{path} is damaged in {bad!r}")
+        raise DamagedCheckpointError(f"{path} is damaged in {bad!r}", fix=_USE_ANOTHER)
     content = read_header(path, map_file=False)
-    if content["format_version"] != FORMAT_VERSION:
-        raise TrainerError(
-            f"{path}",
-            received=f"format version {content['format_version']}",
-            expected=f"format version {FORMAT_VERSION}",
-            fix="Continue the run with the version of this library that wrote it.",
-        )
+    for what, version, own in (
+        ("format", content["format_version"], FORMAT_VERSION),
+        ("resume state", content["resume_state"]["version"], RESUME_VERSION),
+    ):
+        if version != own:
+            raise TrainerError(
+                f"{path}",
+                received=f"{what} version {version}",
+                expected=f"{what} version {own}",
+                fix="Continue the run with the version of this library that wrote it.",
+            )
     return content
 
 
@@ -132,24 +159,41 @@ def read_header(path: Path, *, map_file: bool = True) -> dict[str, Any]:
 
     Raises:
         MissingCheckpointError: There is no such file.
-        DamagedCheckpointError: It is truncated, or something else.
+        DamagedCheckpointError: It is truncated, or something else, or lacks what a run needs to go on.
         TrainerError: It may be whole but cannot be read.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=map_file)
     except Exception as error:  # torch.load has no one error for a damaged file
-        # Further lines of torch's message advise to open files without its safety.
-        cause = str(error).strip().split("\n", 1)[0].split(". ", 1)[0]
-        raise _unusable(path, f"cannot be read: {cause}", error) from error
-    needed = {"format_version", "global_step", "save_timestamp", "metrics", "resume_state"}
-    if not isinstance(content, dict) or not needed <= set(content):
-        raise DamagedCheckpointError(
-            f"{path}", received="something else", expected=f"a checkpoint with the keys {sorted(needed)}"
-        )
+        raise _unusable(path, error) from error
+    _check_kind(path, content)
     return content
 
 
-def _unusable(path: Path, what: str, error: BaseException) -> TrainerError:
+def _check_kind(path: Path, content: Any) -> None:
+    """Refuse what is no checkpoint, or half of one; those of other versions have other keys."""
+    problem = f"{path} is no checkpoint of a run"
+    if not isinstance(content, dict):
+        raise DamagedCheckpointError(problem, received=f"a {type(content).__name__}", fix=_USE_ANOTHER)
+    needed = _NEEDED if content.get("format_version", FORMAT_VERSION) == FORMAT_VERSION else _IN_ANY_VERSION
+    missing = sorted(needed - content.keys())
+    if missing:
+        raise DamagedCheckpointError(problem, received=f"a dict without {missing}", fix=_USE_ANOTHER)
+    for key in ("metrics", "resume_state"):
+        if not isinstance(content[key], dict):
+            received = f"a {type(content[key]).__name__} as {key!r}"
+            raise DamagedCheckpointError(problem, received=received, expected="a dict", fix=_USE_ANOTHER)
+    missing = sorted(_PLACE - content["resume_state"].keys())
+    if missing:
+        raise DamagedCheckpointError(problem, received=f"a resume_state without {missing}", fix=_USE_ANOTHER)
+    if content["resume_state"]["version"] == RESUME_VERSION:
+        try:
+            ResumeState.from_dict(content["resume_state"])
+        except DamagedCheckpointError as error:
+            raise DamagedCheckpointError(f"{path}: {error.problem}", fix=_USE_ANOTHER) from error
+
+
+def _unusable(path: Path, error: BaseException) -> TrainerError:
     """Tell a damaged file, in whose place an older one is used, from one that cannot be read for now."""
     if isinstance(error, FileNotFoundError):
         return MissingCheckpointError(f"{path} does not exist")
@@ -161,7 +205,15 @@ def _unusable(path: Path, what: str, error: BaseException) -> TrainerError:
             fix="It may be whole, so nothing is trained in its place: make it readable and start the same command "
             "again, or rename it if it is lost.",
         )
-    return DamagedCheckpointError(f"{path} {what}")
+    if not path.stat().st_size:
+        what = "is empty"
+    elif not zipfile.is_zipfile(path):
+        what = "is truncated, or no checkpoint"
+    else:
+        # Further lines of torch's message advise to open files without its safety.
+        cause = str(error).strip().split("\n", 1)[0].split(". ", 1)[0]
+        what = f"is damaged, or holds more than tensors and plain data: {cause}"
+    return DamagedCheckpointError(f"{path} {what}", fix=_USE_ANOTHER)
 
 
 def write_checkpoint(

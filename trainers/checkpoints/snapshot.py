@@ -264,19 +264,27 @@ def restore_callbacks(callbacks: Sequence[TrainingCallback], saved: Sequence[Map
         callbacks: Of this run.
         saved: What the checkpoint has under ``"callbacks"``.
     """
-    names, saved_names = [type(callback).__name__ for callback in callbacks], [entry["class"] for entry in saved]
-    if names != saved_names:
-        _LOGGER.warning(
-            "the run had the callbacks %s and has %s now: states are restored by class name", saved_names, names
-        )
     left = list(saved)
+    begin_anew = []
     for callback in callbacks:
-        place = next((i for i, entry in enumerate(left) if entry["class"] == type(callback).__name__), None)
+        name = type(callback).__name__
+        place = next((i for i, entry in enumerate(left) if entry["class"] == name), None)
         if place is None:
+            if hasattr(callback, "state_dict"):
+                begin_anew.append(name)
             continue
         entry = left.pop(place)
         if entry["state"] is not None and hasattr(callback, "load_state_dict"):
             callback.load_state_dict(entry["state"])
+    # What has no state may come and go.
+    unused = [entry["class"] for entry in left if entry["state"] is not None and entry["state"] != {}]
+    if begin_anew or unused:
+        _LOGGER.warning(
+            "states of callbacks are restored by class name: the checkpoint has none for %s, which begin anew, and "
+            "those of %s are not used",
+            begin_anew,
+            unused,
+        )
 
 
 def _by_dotted_key(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

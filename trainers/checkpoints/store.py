@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import logging
 import math
 import re
@@ -135,7 +136,7 @@ class CheckpointStore:
                 try:
                     content = read_header(path)
                 except DamagedCheckpointError as error:
-                    _LOGGER.warning("%s; the file is skipped", error)
+                    _LOGGER.warning("%s: the file is skipped, and the newest good one is used", error.problem)
                     self.damaged.append(path.name)
                     continue
                 except MissingCheckpointError:
@@ -162,7 +163,7 @@ class CheckpointStore:
                 return read_checkpoint(self.folder / file.name)
             # Another process may train here, and keep only so many.
             except (DamagedCheckpointError, MissingCheckpointError) as error:
-                _LOGGER.warning("%s; an older checkpoint is used", error)
+                _LOGGER.warning("%s: an older checkpoint is used", error.problem)
                 if isinstance(error, DamagedCheckpointError):
                     self.damaged.append(file.name)
                 self.files.remove(file)
@@ -175,7 +176,10 @@ class CheckpointStore:
         )
 
     def name_for(self, epoch: int, step: int, logs: Mapping[str, Any], *, has_all_logs: bool = False) -> str:
-        """Return the name of the file for a state.
+        """Return the name of the file for a state; one that is being written must be complete.
+
+        The file of another state keeps its name, and this one gets a number: ``m-1.2-1.ckpt``. A pattern without a
+        placeholder means one file, so with it only the best keeps its name.
 
         Args:
             epoch: From 0.
@@ -206,7 +210,7 @@ class CheckpointStore:
                 received=f"{self._filename!r}, which gives {name!r}",
                 expected=f"a file name without folders, other than {LATEST} and {BEST}",
             )
-        return name
+        return self._free(name, step)
 
     def save(
         self,
@@ -220,7 +224,7 @@ class CheckpointStore:
         """Write a checkpoint, set the links and delete what is not to be kept.
 
         Args:
-            name: Of the file; one that exists is replaced.
+            name: Of the file, from `name_for`; one that exists is replaced.
             content: Plain data, see `to_plain`. Its ``"best"``, ``"is_ranked"`` and ``"file"`` are set here.
             is_ranked: Whether its metrics are those of the state that is saved.
             seconds: How long writing may take.
@@ -241,7 +245,7 @@ class CheckpointStore:
             if replaced is not None and replaced.step == content["global_step"]:
                 value = best["value"]
             else:
-                # The pattern gives every step the same name, and this state is not the best one.
+                # Somebody removed the best, or it is damaged, and this state got its name.
                 best = {**best, "file": None}
         content["best"] = None if best is None else dict(best)
         content["is_ranked"] = is_ranked
@@ -261,8 +265,8 @@ class CheckpointStore:
         return path
 
     def has_one_name(self) -> bool:
-        """Whether states of different steps and epochs may get the same name."""
-        return re.search(r"\{(step|epoch)\b", self._filename) is None
+        """Whether the pattern has no placeholder: a state replaces the one before, unless that is the best."""
+        return "{" not in self._filename.replace("{{", "")
 
     def set_aside_later_than(self, start: Mapping[str, Any] | None) -> None:
         """Rename the checkpoints of a part of the run that is given up: the newest would be taken for the run's own.
@@ -293,6 +297,18 @@ class CheckpointStore:
             [file.name for file in later],
             SET_ASIDE,
         )
+
+    def _free(self, name: str, step: int) -> str:
+        """The name that a state has already, else this one or the next that no file to be kept has."""
+        stem = name.removesuffix(".ckpt")
+        numbered = re.compile(re.escape(stem) + r"(-\d+)?\.ckpt")
+        for file in self.files:
+            if file.step == step and file.is_own and numbered.fullmatch(file.name):
+                return file.name
+        best = None if self.best is None else self.best["file"]
+        taken = {file.name for file in self.files if not self.has_one_name() or file.name == best or not file.is_own}
+        candidates = itertools.chain([name], (f"{stem}-{number}.ckpt" for number in itertools.count(1)))
+        return next(candidate for candidate in candidates if candidate not in taken)
 
     def _keep_damaged(self, name: str) -> None:
         """Rename a damaged file in whose place another one is written: something may be saved from it."""

@@ -273,7 +273,8 @@ class CheckpointConfig(Section):
         save_last: Whether the end of training is saved.
         monitor: Metric that says which are best; other spelling `monitor_metric`.
         mode: "min" or "max", whichever is better; other spelling `monitor_mode`.
-        filename: Pattern of the file names; other spelling `filename_template`.
+        filename: Pattern of the file names, to which a number is added where another state has the name already; other
+            spelling `filename_template`.
         save_rng: Whether states of random generators are saved.
         save_optimizer: Whether the optimizer is saved.
         save_scheduler: Whether the scheduler is saved.

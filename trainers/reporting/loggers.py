@@ -1,8 +1,8 @@
 """Where metrics go: CSV files, TensorBoard, Weights & Biases; and where the trainer's messages go.
 
 A resumed run continues its own files and runs. What was logged after the checkpoint it resumes from is taken out of
-the CSV file and hidden in TensorBoard. Weights & Biases takes nothing back: it stays there, and wandb leaves out what
-is logged again for the same steps.
+the CSV file, and hidden in TensorBoard; both show what they would if the run had never been stopped. Weights & Biases
+takes nothing back: it stays there, and wandb leaves out what is logged again for the same steps.
 """
 
 from __future__ import annotations
@@ -102,7 +102,10 @@ class TensorBoardLogger:
 
     Args:
         folder: Of the event files.
-        resumed_at: Optimizer steps done at the checkpoint that is resumed; TensorBoard hides what was logged later.
+        resumed_at: Optimizer steps done at the checkpoint that is resumed; None for a new run.
+        saved: The logger's state in that checkpoint. TensorBoard then hides what was logged from that step on, and
+            what the state has of the step itself is logged again. Without it, as in checkpoints of earlier versions,
+            what was logged after that step is hidden.
 
     Raises:
         MissingPackage: tensorboard is not installed.
@@ -110,22 +113,34 @@ class TensorBoardLogger:
 
     name = "tensorboard"
 
-    def __init__(self, folder: Path, resumed_at: int | None) -> None:
+    def __init__(self, folder: Path, resumed_at: int | None, saved: Mapping[str, Any] | None = None) -> None:
         module = _import("torch.utils.tensorboard", "tensorboard")
-        self._writer = module.SummaryWriter(str(folder), purge_step=None if resumed_at is None else resumed_at + 1)
+        # TensorBoard hides whole steps, and the logs of an epoch are of the same step as its last checkpoint.
+        hidden_from = resumed_at + 1 if resumed_at is not None and not saved else resumed_at
+        self._writer = module.SummaryWriter(str(folder), purge_step=hidden_from)
+        self._step = resumed_at
+        self._of_step: list[list[Any]] = []
+        if saved and saved["step"] == resumed_at:
+            self._add(saved["values"])
 
     def log(self, values: Mapping[str, float], epoch: int, step: int) -> None:
         """See `MetricLogger`."""
-        for name, value in {**values, "epoch": epoch}.items():
-            self._writer.add_scalar(name, value, step)
+        if step != self._step:
+            self._step, self._of_step = step, []
+        self._add([[name, value] for name, value in values.items()] + [["epoch", epoch]])
 
     def state_dict(self) -> dict[str, Any]:
         """See `MetricLogger`."""
-        return {}
+        return {"step": self._step, "values": list(self._of_step)}
 
     def close(self) -> None:
         """See `MetricLogger`."""
         self._writer.close()
+
+    def _add(self, values: list[list[Any]]) -> None:
+        for name, value in values:
+            self._writer.add_scalar(name, value, self._step)
+        self._of_step += values
 
 
 class WandbLogger:
@@ -228,7 +243,7 @@ def make_loggers(
     if config.csv_log_dir is not None:
         loggers.append(CsvLogger(_folder(config.csv_log_dir, below), states.get("csv", {}).get("rows")))
     if config.tensorboard_dir is not None:
-        loggers.append(TensorBoardLogger(_folder(config.tensorboard_dir, below), resumed_at))
+        loggers.append(TensorBoardLogger(_folder(config.tensorboard_dir, below), resumed_at, states.get("tensorboard")))
     if config.use_wandb:
         loggers.append(WandbLogger(config, run_name, settings, states.get("wandb", {}).get("run_id")))
     return loggers

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import nn
 from tests.training_runs import Recorder, assert_identical, final_state, make_loader, make_objects, run
 from trainers.callbacks import TrainingCallback
 from trainers.checkpoints.files import read_checkpoint, to_plain
+from trainers.checkpoints.snapshot import restore_callbacks
 from trainers.checkpoints.store import LATEST, SET_ASIDE, CheckpointStore
 from trainers.config.errors import ConfigurationError
 from trainers.errors import CheckpointTimeoutError, DamagedCheckpointError, PreemptionTimeoutError, TrainerError
@@ -187,13 +190,77 @@ def test_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: 
     assert caplog.text.count("no link can be made") == 2
 
 
-def test_one_name_for_all_keeps_no_false_best(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("in_background", [False, True])
+@pytest.mark.parametrize("stop_at", [None, 6, 19])
+def test_states_that_the_pattern_gives_one_name_do_not_replace_each_other(
+    stop_at: int | None, in_background: bool, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"filename": "m-{val_loss:.1f}.ckpt", "monitor": "val_loss", "save_top_k": 3}
+    settings |= {"max_epochs": 5, "save_in_background": in_background}
+    notes = {"values": [1.40, 1.21, 1.23, 1.24, 1.22]}
+    if stop_at is not None:
+        assert run(tmp_path, trainer_class=Valued, notes=notes, stop_at=stop_at, **settings).preempted
+    trainer = run(tmp_path, trainer_class=Valued, notes=notes, **settings)
+    contents = {name: read_checkpoint(tmp_path / name) for name in _names(tmp_path)}
+    assert sorted(content["global_step"] for content in contents.values()) == [8, 12, 20]
+    assert all(name.startswith("m-1.2") and name == content["file"] for name, content in contents.items())
+    assert read_checkpoint(tmp_path / "best.ckpt")["global_step"] == 8
+    assert trainer.store.best == {"metric": "val_loss", "value": 1.21, "file": os.readlink(tmp_path / "best.ckpt")}
+    latest = read_checkpoint(tmp_path / "latest.ckpt")
+    assert (latest["global_step"], latest["resume_state"]["phase"]) == (20, "TRAINING_COMPLETE")
+
+
+def test_a_copy_that_somebody_made_keeps_its_name(tmp_path: Path) -> None:
+    run(tmp_path, max_epochs=1, filename="{epoch}")
+    shutil.copy(tmp_path / "0.ckpt", tmp_path / "1.ckpt")
+    run(tmp_path, max_epochs=2, filename="{epoch}")
+    assert {name: read_checkpoint(tmp_path / name)["global_step"] for name in _names(tmp_path)} == {
+        "0.ckpt": 4,
+        "1.ckpt": 4,
+        "1-1.ckpt": 8,
+    }
+
+
+def test_save_checkpoint_returns_the_name_with_its_number(tmp_path: Path) -> None:
+    class Saves(Recorder):
+        def on_batch_end(self, batch_idx: int, logs: dict[str, Any]) -> None:
+            super().on_batch_end(batch_idx, logs)
+            notes.setdefault("paths", []).append(self.save_checkpoint().name)
+
+    notes: dict[str, Any] = {}
+    run(tmp_path, trainer_class=Saves, notes=notes, filename="e{epoch}", max_epochs=1, save_in_background=True)
+    assert notes["paths"] == ["e0.ckpt", "e0-1.ckpt", "e0-2.ckpt", "e0-3.ckpt"]
+    assert [read_checkpoint(tmp_path / name)["global_step"] for name in notes["paths"]] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("values", "monitor", "kept"),
+    [
+        ([1.0, 2.0, 3.0], "val_loss", {"model.ckpt": 4, "model-1.ckpt": 12}),
+        ([2.0, 1.0, 3.0], "val_loss", {"model.ckpt": 12, "model-1.ckpt": 8}),
+        ([1.0, 2.0, 3.0], None, {"model.ckpt": 12}),
+    ],
+)
+def test_one_name_for_all_replaces_all_but_the_best(
+    values: list[float], monitor: str | None, kept: dict[str, int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    notes = {"values": values}
+    run(tmp_path, trainer_class=Valued, notes=notes, filename="model.ckpt", monitor=monitor, save_every_n_steps=1)
+    assert {name: read_checkpoint(tmp_path / name)["global_step"] for name in _names(tmp_path)} == kept
+    assert read_checkpoint(tmp_path / "latest.ckpt")["global_step"] == 12
+    assert ("one name for all states" in caplog.text) is (monitor is not None)
+    if monitor is not None:
+        assert read_checkpoint(tmp_path / "best.ckpt")["metrics"]["val_loss"] == min(values)
+
+
+def test_a_best_that_was_removed_is_not_the_file_that_gets_its_name(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"trainer_class": Valued, "filename": "model.ckpt", "monitor": "val_loss"}
     notes = {"values": [1.0, 2.0, 3.0]}
-    run(tmp_path, trainer_class=Valued, notes=notes, filename="model.ckpt", monitor="val_loss")
-    assert _names(tmp_path) == ["model.ckpt"]
+    run(tmp_path, notes=notes, max_epochs=2, **settings)
+    (tmp_path / "model.ckpt").unlink()
+    run(tmp_path, notes=notes, **settings)
     assert not (tmp_path / "best.ckpt").is_symlink()
     assert read_checkpoint(tmp_path / "latest.ckpt")["best"]["file"] is None
-    assert "without {step} and {epoch}" in caplog.text
 
 
 class Dies(BaseException):
@@ -287,6 +354,69 @@ def _flipped(path: Path) -> bytes:
     data = bytearray(path.read_bytes())
     data[data.rindex(torch.load(path)["model_state_dict"]["0.weight"].numpy().tobytes())] ^= 1
     return bytes(data)
+
+
+def _edited(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    content = torch.load(path, weights_only=True)
+    edit(content)
+    torch.save(content, path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda path: path.write_bytes(b""), "is empty"),
+        (lambda path: path.write_bytes(b"something else"), "is truncated, or no checkpoint"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "is truncated, or no checkpoint"),
+        (lambda path: path.write_bytes(path.read_bytes()[:2000]), "is truncated, or no checkpoint"),
+        (lambda path: torch.save(Hostile(path), path), "holds more than tensors and plain data"),
+        (lambda path: torch.save([1], path), "is no checkpoint of a run: received a list"),
+        (lambda path: _edited(path, lambda c: c.pop("optimizer_state_dict")), "without ['optimizer_state_dict']"),
+        (lambda path: _edited(path, lambda c: c.pop("loader_state")), "without ['loader_state']"),
+        (lambda path: _edited(path, lambda c: c.update(resume_state=None)), "received a NoneType as 'resume_state'"),
+        (lambda path: _edited(path, lambda c: c.update(metrics=None)), "received a NoneType as 'metrics'"),
+        (lambda path: _edited(path, lambda c: c["resume_state"].pop("epoch")), "a resume_state without ['epoch']"),
+        (lambda path: _edited(path, lambda c: c["resume_state"].update(phase="FOO")), "FOO"),
+        (lambda path: _edited(path, lambda c: c["resume_state"].update(val={"what": 1})), "incomplete or altered"),
+    ],
+)
+def test_what_is_no_checkpoint_is_named_and_an_older_one_is_used(
+    damage: Callable[[Path], Any], text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(tmp_path, max_epochs=2)
+    newest = tmp_path / "epoch_001_step_000008.ckpt"
+    damage(newest)
+    trainer = GenericTrainer(GenericTrainerConfig(checkpoint_dir=str(tmp_path)))
+    with pytest.raises(DamagedCheckpointError, match=re.escape(text)) as caught:
+        trainer.load_checkpoint(newest)
+    assert str(newest) in str(caught.value)
+    assert "load_checkpoint() without a path" in str(caught.value)
+    assert trainer.load_checkpoint().global_step == 4
+    caplog.clear()
+    assert len(run(tmp_path, max_epochs=2).notes["samples"]) == 4
+    (message,) = [record.getMessage() for record in caplog.records if "the newest good one is used" in record.message]
+    assert str(newest) in message
+    assert text in message
+    assert "torch.save" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("edit", "text"),
+    [
+        (lambda content: content.update(format_version=99), "format version 99"),
+        (lambda content: content["resume_state"].update(version="v9"), "resume state version v9"),
+    ],
+)
+def test_a_checkpoint_of_another_version_is_named(
+    edit: Callable[[dict[str, Any]], Any], text: str, tmp_path: Path
+) -> None:
+    run(tmp_path, max_epochs=1)
+    path = tmp_path / "epoch_000_step_000004.ckpt"
+    _edited(path, edit)
+    for load in (lambda: run(tmp_path), lambda: read_checkpoint(path)):
+        with pytest.raises(TrainerError, match=f"{re.escape(str(path))}: received {text}; expected"):
+            load()
+    assert _names(tmp_path) == [path.name]
 
 
 class Hostile:
@@ -462,6 +592,55 @@ def test_callback_states_are_restored(tmp_path: Path) -> None:
         run(tmp_path, trainer_class=WithCounter, stop_at=stop_at, notes=notes, loader="list")
         counts.append(counter.count)
     assert counts[-1] == 12
+
+
+class Stateless(TrainingCallback):
+    pass
+
+
+class WithState(TrainingCallback):
+    state: Any = "new"
+
+    def state_dict(self) -> Any:
+        return self.state
+
+    def load_state_dict(self, state: Any) -> None:
+        self.state = state
+
+
+class OtherState(WithState):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "begin_anew", "unused"),
+    [
+        ([], [Stateless], [], []),
+        ([Stateless], [], [], []),
+        ([WithState, Stateless], [WithState], [], []),
+        ([WithState, OtherState], [OtherState, WithState], [], []),
+        ([Stateless], [WithState], ["WithState"], []),
+        ([WithState], [Stateless], [], ["WithState"]),
+        ([WithState, WithState], [WithState, OtherState], ["OtherState"], ["WithState"]),
+    ],
+)
+def test_only_callbacks_with_a_state_are_missed(
+    before: list[type[TrainingCallback]],
+    now: list[type[TrainingCallback]],
+    begin_anew: list[str],
+    unused: list[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    saved: list[dict[str, Any]] = []
+    for kind in before:
+        saved.append({"class": kind.__name__, "state": torch.zeros(2) if issubclass(kind, WithState) else None})
+    callbacks = [kind() for kind in now]
+    restore_callbacks(callbacks, saved)
+    names = [type(callback).__name__ for callback in callbacks if getattr(callback, "state", None) is WithState.state]
+    assert names == begin_anew
+    expected = f"none for {begin_anew}, which begin anew, and those of {unused} are not used"
+    assert (expected in caplog.text) is bool(begin_anew or unused)
+    assert bool(caplog.records) is bool(begin_anew or unused)
 
 
 def test_what_cannot_be_saved_is_named() -> None:

@@ -87,31 +87,75 @@ def test_wandb_run_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (4, {"loss", "val_loss", "epoch"}) in logged
 
 
-def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Any] = []
+@pytest.fixture
+def boards(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[str, int, float]]]:
+    """What TensorBoard shows, by folder."""
+    shown: dict[str, list[tuple[str, int, float]]] = {}
 
     class SummaryWriter:
         def __init__(self, folder: str, purge_step: int | None) -> None:
-            made.append((folder, purge_step))
+            self._folder: str | None = folder
+            rows = shown.setdefault(folder, [])
+            if purge_step is not None:
+                rows[:] = [row for row in rows if row[1] < purge_step]
 
         def add_scalar(self, name: str, value: float, step: int) -> None:
-            made.append((name, step))
+            assert self._folder is not None, "closed"
+            shown[self._folder].append((name, step, value))
 
         def close(self) -> None:
-            made.append("closed")
+            self._folder = None
 
     module = types.ModuleType("torch.utils.tensorboard")
     module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    settings = {"logging": _logging(tensorboard_dir=str(tmp_path / "board"))}
-    run(tmp_path / "run", stop_at=3, **settings)
+    return shown
+
+
+def test_tensorboard_of_a_resumed_run_is_that_of_an_uninterrupted_one(
+    boards: dict[str, list[tuple[str, int, float]]], tmp_path: Path
+) -> None:
+    for name, stops in (("whole", [None]), ("stopped", [3, 4, 9, None])):
+        notes: dict[str, Any] = {}
+        settings = {"logging": _logging(tensorboard_dir=str(tmp_path / "board")), "experiment_name": name}
+        for stop_at in stops:
+            run(tmp_path / name, notes=notes, stop_at=stop_at, **settings)
+    whole, stopped = (boards[str(tmp_path / "board" / name)] for name in ("whole", "stopped"))
+    assert stopped == whole
+    assert [step for tag, step, _ in whole if tag == "step_loss"] == [2, 4, 6, 8, 10, 12]
+    assert [step for tag, step, _ in whole if tag == "val_loss"] == [4, 8, 12]
+
+
+# 4 and 8 are the last steps of their epochs, whose logs come after the checkpoint; 9 logs nothing itself.
+@pytest.mark.parametrize("last", [1, 4, 5, 8, 9])
+@pytest.mark.parametrize("every_epoch", [None, 1])
+def test_tensorboard_hides_what_is_logged_again(
+    last: int, every_epoch: int | None, boards: dict[str, list[tuple[str, int, float]]], tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"save_every_n_steps": 1, "save_every_n_epochs": every_epoch, "save_top_k": -1}
+    settings |= {"logging": _logging(tensorboard_dir=str(tmp_path / "board"))}
     run(tmp_path / "run", **settings)
-    assert [entry for entry in made if entry[0] == str(tmp_path / "board")] == [
-        (str(tmp_path / "board"), None),
-        (str(tmp_path / "board"), 5),
-    ]
-    assert ("val_loss", 12) in made
-    assert made.count("closed") == 2
+    (board,) = boards.values()
+    whole = list(board)
+    for path in (tmp_path / "run").glob("epoch*.ckpt"):
+        if int(path.stem[-6:]) > last:
+            path.unlink()
+    run(tmp_path / "run", **settings)
+    assert board == whole
+
+
+def test_tensorboard_goes_on_from_a_checkpoint_that_does_not_say_what_it_shows(
+    boards: dict[str, list[tuple[str, int, float]]], tmp_path: Path
+) -> None:
+    for trackers in (None, {"tensorboard": {}}):
+        (logger,) = make_loggers(
+            LoggingConfig(tensorboard_dir=str(tmp_path)), None, {}, trackers, None if trackers is None else 4
+        )
+        for step in (4, 5) if trackers is None else (5,):
+            logger.log({"loss": 1.0}, 0, step)
+        logger.close()
+    (board,) = boards.values()
+    assert [step for tag, step, _ in board if tag == "loss"] == [4, 5]
 
 
 @pytest.mark.parametrize(
