@@ -296,6 +296,13 @@ class GenericTrainerConfig:
             max_grad_norm=config.performance.clip_grad_norm,
         )
 
+    @property
+    def saves_unasked(self) -> bool:
+        """Whether a run saves by itself: at its end or now and then."""
+        checkpoint = self.checkpoint
+        intervals = (checkpoint.save_every_n_epochs, checkpoint.save_every_n_steps, checkpoint.save_every_n_minutes)
+        return checkpoint.save_last or any(interval is not None for interval in intervals)
+
     def signal_numbers(self) -> list[signal.Signals]:
         """Return the signals that make the trainer save and stop."""
         return _as_signals("signals", self.preemption.signals)
