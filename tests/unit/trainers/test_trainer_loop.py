@@ -385,7 +385,8 @@ def test_loss_that_is_not_finite(policy: str, value: float, tmp_path: Path, capl
         return
     trainer = _fit(tmp_path, model, optimizer, trainer_class=Spoiled, on_nan_loss="skip")
     assert trainer.global_step == 3
-    assert "batch 1 is skipped" in caplog.text
+    assert f"epoch 0: batch 1 is skipped: its loss is {value}" in caplog.text
+    assert "has trained nothing" not in caplog.text
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert 0 < trainer.logs["loss"] < float("inf")
 
@@ -568,13 +569,15 @@ def test_weights_that_are_not_finite(policy: str, tmp_path: Path) -> None:
         _fit(tmp_path, model, optimizer, trainer_class=InfiniteGradient, on_nan_loss=policy)
 
 
-def test_an_epoch_of_skipped_batches_has_no_metric(tmp_path: Path) -> None:
+def test_an_epoch_of_skipped_batches_has_no_metric(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, optimizer, _ = make_objects("single")
     batches = [(torch.full((4, 3), math.nan), torch.ones(4, 1))] * 2
     with pytest.raises(TrainerError, match="received 2 batches, all of them skipped"):
         _fit(tmp_path / "monitored", model, optimizer, train=batches, on_nan_loss="skip", monitor="loss")
     # Without need of a metric there is nothing wrong: the next epoch may have other batches.
+    caplog.clear()
     assert _fit(tmp_path / "plain", model, optimizer, train=batches, on_nan_loss="skip").global_step == 0
+    assert "epoch 0 has trained nothing: all of its 2 batches were skipped" in caplog.text
 
 
 def test_values_that_are_no_metrics_are_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
