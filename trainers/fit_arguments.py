@@ -25,8 +25,8 @@ def check_fit_arguments(model: Any, optimizer: Any, scheduler: Any, *, clips: bo
         clips: Whether gradients are clipped.
 
     Raises:
-        TrainerError: One of them is something else, the optimizer has parameters of something else, or a scheduler
-            moves another optimizer.
+        TrainerError: One of them is something else, such as a class, the optimizer has parameters of something else,
+            or a scheduler moves another optimizer.
 
     Example:
         >>> import torch
@@ -119,6 +119,12 @@ def _check_parameters(model: nn.Module, optimizer: Any) -> None:
 
 
 def _check_scheduler(scheduler: Any, optimizer: Any) -> None:
+    if isinstance(scheduler, type):
+        raise TrainerError(
+            "fit: scheduler",
+            received=_described(scheduler),
+            expected=f"an object, such as {scheduler.__name__}(optimizer, ...)",
+        )
     moved = getattr(scheduler, "optimizer", optimizer)
     if moved is optimizer:
         return

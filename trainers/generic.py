@@ -103,6 +103,7 @@ class GenericTrainer(TrainerHooks):
 
     Raises:
         ConfigurationError: The config is no `GenericTrainerConfig`; ``metrics`` or ``per_model`` without ``loss_fn``.
+        TrainerError: The pattern of the names of its checkpoints can name no file.
 
     Example:
         >>> import tempfile
@@ -225,6 +226,9 @@ class GenericTrainer(TrainerHooks):
                     if content is not None and is_finished(content, self.config, loop.early_stopping):
                         self._load_complete(loop, content)
                     else:
+                        with on_first_rank() as is_first:
+                            if is_first and self.config.saves_unasked:
+                                self.store.check_writable()
                         self._run(loop, content, goes_back=goes_back)
         finally:
             self.signal_flags.restore()

@@ -250,7 +250,12 @@ class TrainingLoop:
                 result = training.train_batch(batch, self._batch_idx)
                 if result.has_stepped:
                     self._count_step()
-                if not result.is_skipped:
+                if result.is_skipped:
+                    value = result.logs["loss"].detach().tolist()
+                    _LOGGER.warning(
+                        "epoch %d: batch %d is skipped: its loss is %s", trainer.current_epoch, self._batch_idx, value
+                    )
+                else:
                     self._sums.add(result.logs, self.early_stopping.counted())
                 self._sums.num_samples += _num_samples(batch)
                 self._batch_idx += 1
@@ -371,6 +376,8 @@ class TrainingLoop:
                 expected="at least one that trains",
                 fix="Look at the data and the loss.",
             ) from error
+        if config.on_nan_loss == "skip" and not self._sums.means():
+            _LOGGER.warning("epoch %d has trained nothing: all of its %d batches were skipped", epoch, self._batch_idx)
         trainer.set_phase(TrainerPhase.EPOCH_END)
         trainer.logs = logs
         trainer.call_hooks("on_epoch_end", epoch, logs)

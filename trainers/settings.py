@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
+import functools
 import numbers
 import signal
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 from trainers.config.errors import ConfigurationError, ValidationError, problem
+from trainers.config.fields import Field, fields_of
 from trainers.config.schema import CheckpointConfig, LoggingConfig, PerformanceConfig, PreemptionConfig
 from trainers.config.validation import NEVER_HANDLED
 
@@ -18,8 +22,21 @@ if TYPE_CHECKING:
 
 _NOT_GIVEN: Any = object()
 _Value = TypeVar("_Value")
-_PRECISIONS = (None, "16-mixed", "bf16-mixed")
-_NAN_POLICIES = ("stop", "skip", "freeze")
+_ClassT = TypeVar("_ClassT", bound=type)
+_GROUPS: dict[str, type] = {
+    "checkpoint": CheckpointConfig,
+    "preemption": PreemptionConfig,
+    "performance": PerformanceConfig,
+    "logging": LoggingConfig,
+}
+_WORDS = {bool: "True or False", str: "a string"}
+_LEGAL: dict[str, tuple[str | None, ...]] = {
+    "mode": ("min", "max"),
+    "early_stopping_mode": ("min", "max"),
+    "scheduler_interval": ("epoch", "step"),
+    "mixed_precision": (None, "16-mixed", "bf16-mixed"),
+    "on_nan_loss": ("stop", "skip", "freeze"),
+}
 
 
 class _InGroup(Generic[_Value]):
@@ -55,6 +72,12 @@ class _InGroup(Generic[_Value]):
     def __set__(self, instance: object, value: _Value) -> None:
         if value is _NOT_GIVEN:
             return
+        entry = fields_of(_GROUPS[self.group])[self.name]
+        if entry.item is str and not entry.is_list and _is_number(value):
+            # The group would take it for a text, as in a file.
+            return _refuse(instance, problem(self.flat_name, value, _expected(entry)))
+        if self.factor is not None and value is not None and not _is_number(value):
+            return _refuse(instance, problem(self.flat_name, value, "a number, more than 0"))
         stored: Any = value if self.factor is None or value is None else value / self.factor  # type: ignore[operator]
         group = getattr(instance, self.group)
         if not instance.__dict__.get("_complete"):
@@ -73,6 +96,24 @@ class _InGroup(Generic[_Value]):
         setattr(group, self.name, stored)
 
 
+def _suggests_fields(configuration_class: _ClassT) -> _ClassT:
+    """Decorate a dataclass: a keyword that is no field is refused as such an attribute is, with the one meant."""
+    changed: Any = configuration_class
+    generated = changed.__init__
+
+    @functools.wraps(generated)
+    def constructor(self: Any, *arguments: Any, **keywords: Any) -> None:
+        known = {entry.name for entry in fields(self)}
+        for name in keywords:
+            if name not in known:
+                raise TypeError(_no_field(self, name))
+        generated(self, *arguments, **keywords)
+
+    changed.__init__ = constructor
+    return configuration_class
+
+
+@_suggests_fields
 @dataclass(kw_only=True)
 class GenericTrainerConfig:
     """How a `GenericTrainer` trains, saves, resumes and logs.
@@ -126,7 +167,8 @@ class GenericTrainerConfig:
 
     Raises:
         ConfigurationError: A field and its group contradict each other.
-        ValidationError: Values out of range, all of them named; it is also a ``ValueError``.
+        ValidationError: Values of another type or out of range, all of them named; it is also a ``ValueError``.
+        TypeError: A keyword is no field.
         AttributeError: Later something is set that is no field.
 
     Example:
@@ -179,40 +221,43 @@ class GenericTrainerConfig:
 
     def __post_init__(self) -> None:
         explicit = self.__dict__.pop("_explicit", set())
+        refused = self.__dict__.pop("_refused", [])
         # What is set here later must not reach the caller's sections, which may be those of an experiment.
-        for group in ("checkpoint", "preemption", "performance", "logging"):
+        for group in _GROUPS:
             setattr(self, group, copy.deepcopy(getattr(self, group)))
         if self.performance.gradient_accumulation_steps is None:
             self.performance.gradient_accumulation_steps = 1
         if self.performance.clip_grad_norm is None and ("performance", "clip_grad_norm") not in explicit:
             self.performance.clip_grad_norm = 1.0
-        handled, requeued = _as_signals("signals", self.signals), _as_signals("requeue_signals", self.requeue_signals)
-        self.preemption.signals = [number.name for number in handled]
-        if ("preemption", "requeue_signals") not in explicit and ("preemption", "signals") in explicit:
-            # The default names signals that the caller may have left out.
-            requeued = [number for number in requeued if number in handled]
-        self.preemption.requeue_signals = [number.name for number in requeued]
+        # Those that are none are among the problems.
+        with contextlib.suppress(ValidationError):
+            handled, requeued = self.signal_numbers(), self.requeue_numbers()
+            self.preemption.signals = [number.name for number in handled]
+            if ("preemption", "requeue_signals") not in explicit and ("preemption", "signals") in explicit:
+                # The default names signals that the caller may have left out.
+                requeued = [number for number in requeued if number in handled]
+            self.preemption.requeue_signals = [number.name for number in requeued]
         self._complete = True
-        self.check()
+        _raise_any([*refused, *self._problems()])
 
     def __setattr__(self, name: str, value: Any) -> None:
         known = {entry.name for entry in fields(self)}
         # A subclass may have class attributes of its own.
         if name not in known and not name.startswith("_") and not hasattr(type(self), name):
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            meant = f" Did you mean {close[0]!r}?" if close else ""
-            raise AttributeError(f"{type(self).__name__} has no field {name!r}.{meant}")
+            raise AttributeError(_no_field(self, name))
+        if name in _GROUPS and not isinstance(value, _GROUPS[name]):
+            _refuse(self, problem(name, value, f"a {_GROUPS[name].__name__}"))
+            # So that the rest can be looked through as well.
+            value = _GROUPS[name]()
         super().__setattr__(name, value)
 
     def check(self) -> None:
-        """Refuse values out of range; `GenericTrainer` does so again, because fields may have been set since.
+        """Refuse wrong types and ranges; `GenericTrainer` does so again, because fields may have been set since.
 
         Raises:
             ValidationError: All that is wrong, by name.
         """
-        problems = self._problems()
-        if problems:
-            raise ValidationError(problems, "GenericTrainerConfig")
+        _raise_any(self._problems())
 
     @classmethod
     def from_experiment_config(cls, config: ExperimentConfig) -> GenericTrainerConfig:
@@ -251,6 +296,13 @@ class GenericTrainerConfig:
             max_grad_norm=config.performance.clip_grad_norm,
         )
 
+    @property
+    def saves_unasked(self) -> bool:
+        """Whether a run saves by itself: at its end or now and then."""
+        checkpoint = self.checkpoint
+        intervals = (checkpoint.save_every_n_epochs, checkpoint.save_every_n_steps, checkpoint.save_every_n_minutes)
+        return checkpoint.save_last or any(interval is not None for interval in intervals)
+
     def signal_numbers(self) -> list[signal.Signals]:
         """Return the signals that make the trainer save and stop."""
         return _as_signals("signals", self.preemption.signals)
@@ -268,7 +320,7 @@ class GenericTrainerConfig:
         """
         flat = {entry.name for entry in fields(self) if isinstance(vars(type(self)).get(entry.name), _InGroup)}
         values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in flat}
-        for group in ("checkpoint", "preemption", "performance", "logging"):
+        for group in _GROUPS:
             values[group] = asdict(values[group])
         return values
 
@@ -296,20 +348,56 @@ class GenericTrainerConfig:
             problems.append(problem("max_preemptions", self.max_preemptions, "a whole number, 0 or more"))
         if not (_is_whole(self.save_top_k) and (self.save_top_k >= 1 or self.save_top_k == -1)):
             problems.append(problem("save_top_k", self.save_top_k, "a whole number, 1 or more, or -1 to keep all"))
-        for name, legal in (
-            ("mode", ("min", "max")),
-            ("early_stopping_mode", ("min", "max")),
-            ("scheduler_interval", ("epoch", "step")),
-            ("mixed_precision", _PRECISIONS),
-            ("on_nan_loss", _NAN_POLICIES),
-        ):
+        for name, legal in _LEGAL.items():
             if getattr(self, name) not in legal:
                 problems.append(problem(name, getattr(self, name), " or ".join(map(repr, legal))))
-        handled = self.signal_numbers()
-        strangers = [number.name for number in self.requeue_numbers() if number not in handled]
+        problems += self._wrong_types()
+        try:
+            handled = self.signal_numbers()
+            strangers = [number.name for number in self.requeue_numbers() if number not in handled]
+        except ValidationError as error:
+            return problems + error.problems
         if strangers:
             problems.append(problem("requeue_signals", strangers, f"some of signals = {self.signals}"))
         return problems
+
+    def _wrong_types(self) -> Iterator[str]:
+        """What is wrong with switches and texts; a name here is the flat one where there is one."""
+        flat = {
+            (entry.group, entry.name): name
+            for name, entry in vars(GenericTrainerConfig).items()
+            if isinstance(entry, _InGroup)
+        }
+        own = [("", self, GenericTrainerConfig)]
+        for group, holder, kind in [*own, *((name, getattr(self, name), kind) for name, kind in _GROUPS.items())]:
+            for entry in fields_of(kind).values():
+                name = flat.get((group, entry.name), f"{group}.{entry.name}" if group else entry.name)
+                value = getattr(holder, entry.name)
+                if entry.item not in _WORDS or entry.is_list or name in _LEGAL:
+                    continue
+                if not isinstance(value, entry.item) and not (value is None and entry.is_optional):
+                    yield problem(name, value, _expected(entry))
+
+
+def _expected(entry: Field) -> str:
+    return _WORDS[entry.item] + (" or None" if entry.is_optional else "")
+
+
+def _no_field(config: Any, name: str) -> str:
+    close = difflib.get_close_matches(name, [entry.name for entry in fields(config)], n=1, cutoff=0.5)
+    return f"{type(config).__name__} has no field {name!r}." + (f" Did you mean {close[0]!r}?" if close else "")
+
+
+def _refuse(config: Any, text: str) -> None:
+    """At once; while the configuration is made, with all else that is wrong."""
+    if config.__dict__.get("_complete"):
+        _raise_any([text])
+    config.__dict__.setdefault("_refused", []).append(text)
+
+
+def _raise_any(problems: list[str]) -> None:
+    if problems:
+        raise ValidationError(problems, "GenericTrainerConfig")
 
 
 def _as_signals(name: str, values: Any) -> list[signal.Signals]:

@@ -6,7 +6,6 @@ Both look alike to the loop: `train_batch` takes a batch and says what it measur
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -23,7 +22,6 @@ from trainers.per_model import PerModel
 from trainers.settings import GenericTrainerConfig
 from trainers.states import TrainerPhase
 
-_LOGGER = logging.getLogger(__name__)
 _HALF_TYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
 
@@ -213,7 +211,6 @@ class AutogradTraining(_Base):
             raise _not_finite(f"batch {batch_idx}: the loss", values, broken, other)
         assert self._kept_buffers is not None
         self._kept_buffers.put_back()
-        _LOGGER.warning("batch %d is skipped: its loss is %s", batch_idx, values)
         return True
 
 

@@ -9,6 +9,7 @@ import logging
 import math
 import re
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,9 @@ class CheckpointStore:
         files: What there is, oldest first.
         damaged: Names of files that cannot be used; they are left where they are until their names are needed.
         best: ``{"metric", "value", "file"}``; None before the first monitored value.
+
+    Raises:
+        TrainerError: The pattern can name no file.
     """
 
     def __init__(
@@ -90,6 +94,7 @@ class CheckpointStore:
         monitor: str | None = None,
         mode: str = "min",
     ) -> None:
+        check_filename(filename)
         self.folder = folder
         self.files: list[CheckpointFile] = []
         self.damaged: list[str] = []
@@ -123,6 +128,21 @@ class CheckpointStore:
                         path.unlink(missing_ok=True)
             self.look()
             yield
+
+    def check_writable(self) -> None:
+        """Refuse a folder in which no file can be made.
+
+        Raises:
+            TrainerError: It may only be read, or is full.
+        """
+        probe = self.folder / f".probe.{uuid4().hex}.tmp"
+        try:
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise TrainerError(
+                f"checkpoint_dir: the folder {self.folder} cannot be written to ({error})", fix="Choose another one."
+            ) from error
 
     def look(self) -> None:
         """Look through the files there are; a damaged one is left where it is, with a warning.
@@ -202,15 +222,7 @@ class CheckpointStore:
                     received=f"{self._filename!r} ({error!r})",
                     expected=f"a pattern of {['epoch', 'step', *logs]}",
                 ) from error
-        if not name.endswith(".ckpt"):
-            name += ".ckpt"
-        if Path(name).name != name or name in (LATEST, BEST) or name.startswith("."):
-            raise TrainerError(
-                "checkpoint.filename",
-                received=f"{self._filename!r}, which gives {name!r}",
-                expected=f"a file name without folders, other than {LATEST} and {BEST}",
-            )
-        return self._free(name, step)
+        return self._free(_file_name(self._filename, name), step)
 
     def save(
         self,
@@ -380,6 +392,48 @@ class CheckpointStore:
             return
         temporary.replace(path)
         flush_folder(self.folder)
+
+
+def check_filename(pattern: str) -> None:
+    """Refuse a pattern that can name no file, whatever the metrics in it will be.
+
+    Args:
+        pattern: As for `CheckpointStore`.
+
+    Raises:
+        TrainerError: It is broken, or makes a name that is no plain file name.
+
+    Example:
+        >>> check_filename("{step}-{val_loss:.3f}.ckpt")
+    """
+    try:
+        name = pattern.format_map(defaultdict(_Metric, epoch=0, step=0))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise TrainerError(
+            "checkpoint.filename",
+            received=f"{pattern!r} ({error!r})",
+            expected="a pattern of 'epoch', 'step' and metrics, such as '{epoch}-{val_loss:.3f}.ckpt'",
+        ) from error
+    _file_name(pattern, name)
+
+
+class _Metric(float):
+    """Of which it is not known what it will be."""
+
+    def __format__(self, spec: str) -> str:
+        return "0"
+
+
+def _file_name(pattern: str, name: str) -> str:
+    if not name.endswith(".ckpt"):
+        name += ".ckpt"
+    if Path(name).name != name or name in (LATEST, BEST) or name.startswith("."):
+        raise TrainerError(
+            "checkpoint.filename",
+            received=f"{pattern!r}, which gives {name!r}",
+            expected=f"a file name without folders, other than {LATEST} and {BEST}",
+        )
+    return name
 
 
 def _place_in(resume_state: Mapping[str, Any]) -> tuple[int, ...]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import errno
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from trainers.config.merging import merged
 from trainers.config.plain import plain, plain_problems
 from trainers.config.schema import ExperimentConfig
 
+# What a folder is like in which nothing can be made.
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+
 
 class ConfigurationManager:
     """Loads, composes and saves configurations.
@@ -24,11 +28,15 @@ class ConfigurationManager:
 
     Args:
         project_root: Root of the project.
-        config_dir: Folder of its configuration files, by default ``configs`` below the root; created if need be.
+        config_dir: Folder of its configuration files, by default ``configs`` below the root; created if need be,
+            unless the project can only be read.
 
     Attributes:
         project_root: As an absolute path.
         config_dir: Likewise.
+
+    Raises:
+        ConfigurationError: `config_dir` is something else than a folder.
 
     Example:
         >>> import tempfile
@@ -42,7 +50,14 @@ class ConfigurationManager:
     def __init__(self, project_root: str | Path, config_dir: str | Path | None = None) -> None:
         self.project_root = Path(project_root).absolute()
         self.config_dir = self.project_root / "configs" if config_dir is None else Path(config_dir).absolute()
-        self.config_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self.config_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            # Who writes nothing there needs no such folder.
+            if error.errno not in _READ_ONLY:
+                raise ConfigurationError(
+                    f"config_dir: the folder {self.config_dir} cannot be made ({error}). Choose another one."
+                ) from error
         # What each file held when it was parsed, and what came of it.
         self._cache: dict[Path, tuple[bytes, dict[str, Any]]] = {}
 
@@ -124,7 +139,8 @@ class ConfigurationManager:
             ConfigurationError: A key of ``parameter_overrides`` is not in the schema or leads through a value, or an
                 argument has the wrong type; otherwise as `load_config`.
         """
-        if isinstance(overrides, (str, Path, Mapping)):
+        is_list = isinstance(overrides, Iterable) and not isinstance(overrides, (str, Mapping))
+        if overrides is not None and not is_list:
             raise ConfigurationError(f"overrides: received {overrides!r}; expected a list of files or dicts.")
         tree = self._part(base_config, "base_config")
         for index, override in enumerate(overrides or []):

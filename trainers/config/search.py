@@ -124,7 +124,9 @@ class ParameterGridSearch:
             TypeError: It is no `NamingStrategy`.
         """
         if not isinstance(strategy, NamingStrategy):
-            raise TypeError(f"received {strategy!r}; expected one of {[str(known) for known in NamingStrategy]}")
+            raise TypeError(
+                f"naming_strategy: received {strategy!r}; expected one of {[str(known) for known in NamingStrategy]}"
+            )
         self.naming_strategy = strategy
 
     def get_total_experiments(self) -> int:

@@ -91,7 +91,7 @@ def make_resumable(loader: Any, name: str, *, can_fork: bool = True) -> Resumabl
         A loader that can be resumed.
 
     Raises:
-        TrainerError: It can be iterated once only, or not at all.
+        TrainerError: It can be iterated once only, or not at all, or has no batch.
         MissingPackage: A ``DataLoader``, but torchdata is not installed.
 
     Example:
@@ -99,6 +99,15 @@ def make_resumable(loader: Any, name: str, *, can_fork: bool = True) -> Resumabl
         >>> list(loader.resume(loader.state_dict(), None, 1))
         [2, 3]
     """
+    # Some have no length.
+    with contextlib.suppress(TypeError, NotImplementedError):
+        if len(loader) == 0:
+            raise TrainerError(
+                name,
+                received="a loader without batches",
+                expected="at least one batch",
+                fix="drop_last=True leaves out a batch that is not full." if getattr(loader, "drop_last", 0) else None,
+            )
     if isinstance(loader, (list, tuple)):
         return _ListLoader(loader, name)
     if isinstance(loader, DataLoader):

@@ -21,7 +21,7 @@ from torch import nn
 
 from mb_torch import ModelBatch
 from trainers.built import Build, Built, build_experiment, load_build, model_seed
-from trainers.checkpoints.store import DEFAULT_FILENAME, CheckpointStore
+from trainers.checkpoints.store import DEFAULT_FILENAME, CheckpointStore, check_filename
 from trainers.config.creation import examine
 from trainers.config.errors import ConfigurationError, ValidationError, problem
 from trainers.config.files import write_atomically, written
@@ -337,6 +337,7 @@ def _check_settings(config: ExperimentConfig, built: Built) -> None:
     seed = _order_seed(config)
     if type(seed) is not int or not 0 <= seed < 2**32:
         raise ConfigurationError(problem("data.custom_params.order_seed", seed, "a whole number from 0 to 2^32 - 1"))
+    check_filename(config.checkpoint.filename)
     _optimize(ModelBatch([nn.Linear(1, 1)], backend="torch"), [0], configs=[config], train=built.train)
 
 

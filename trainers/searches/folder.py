@@ -50,10 +50,15 @@ class GridFolder:
             The file descriptor.
 
         Raises:
-            ConfigurationError: Another process holds the folder.
+            ConfigurationError: The folder cannot be made or written to, or another process holds it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ConfigurationError(
+                f"output_dir: nothing can be written to {self.path} ({error}); expected a folder, which need not exist"
+            ) from error
         try:
             if not lock(descriptor):
                 raise ConfigurationError(

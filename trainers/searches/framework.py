@@ -254,6 +254,9 @@ class ModelTrainingFramework:
             given, compose = base_from_file(self._config_manager, given)
         if not isinstance(given, Mapping):
             raise ConfigurationError(f"base_config: received a {type(given).__name__}; expected a dict or a path")
+        if not isinstance(grids, Sequence) or not all(isinstance(grid, ParameterGrid) for grid in grids):
+            received = f"a {type(grids).__name__}" if not isinstance(grids, Sequence) else repr(grids)
+            raise ConfigurationError(f"parameter_grids: received {received}; expected a list of ParameterGrid")
         search = ParameterGridSearch(given, compose=compose)
         search.set_naming_strategy(naming_strategy)
         for grid in grids:

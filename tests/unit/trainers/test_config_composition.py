@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import trainers.config.manager as manager_module
+from tests.small_disk import small_disk_or_skip
 from tests.unit.trainers.test_config_schema import MINIMAL
 from trainers.config import (
     ConfigurationError,
@@ -170,6 +171,8 @@ def test_nothing_given_is_changed(manager: ConfigurationManager) -> None:
     [
         (({}, "override.yaml"), "overrides: received 'override.yaml'; expected a list"),
         (({}, {"seed": 1}), "overrides: received .*; expected a list"),
+        (({}, 3), "overrides: received 3; expected a list"),
+        (({}, Path("override.yaml")), "overrides: received .*; expected a list"),
         (([],), "base_config: received list; expected a dict"),
         (({}, [3]), r"overrides\[0\]: received int; expected a dict"),
         (({}, [], [1]), "parameter_overrides: received list; expected a dict"),
@@ -181,6 +184,21 @@ def test_nothing_given_is_changed(manager: ConfigurationManager) -> None:
 def test_what_cannot_be_composed(manager: ConfigurationManager, arguments: tuple[Any, ...], text: str) -> None:
     with pytest.raises(ConfigurationError, match=text):
         manager.compose_configs(*arguments)
+
+
+def test_a_project_that_can_only_be_read(tmp_path: Path) -> None:
+    (tmp_path / "project").mkdir()
+    with small_disk_or_skip(tmp_path / "project") as disk:
+        disk.set_read_only(True)
+        manager = ConfigurationManager(disk.folder)
+        assert manager.compose_configs({"seed": 1}) == {"seed": 1}
+        assert not manager.config_dir.exists()
+
+
+def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "configs").touch()
+    with pytest.raises(ConfigurationError, match="config_dir: the folder .*configs cannot be made"):
+        ConfigurationManager(tmp_path)
 
 
 def test_search_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

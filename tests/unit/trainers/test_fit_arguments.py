@@ -102,6 +102,9 @@ def test_other_objects(tmp_path: Path) -> None:
         fit(tmp_path, sgd(model), model)
     with pytest.raises(TrainerError, match="fit: optimizer: received the class SGD"):
         fit(tmp_path, model, torch.optim.SGD)
+    for scheduler in (StepLR, [StepLR]):
+        with pytest.raises(TrainerError, match="fit: scheduler: received the class StepLR"):
+            fit(tmp_path, model, sgd(model), scheduler=scheduler)
     with pytest.raises(TrainerError, match="a LBFGS, which needs a closure"):
         fit(tmp_path, model, torch.optim.LBFGS(model.parameters()))
     with pytest.raises(TrainerError, match=r"received a TensorDataset; .*Wrap it in a DataLoader"):

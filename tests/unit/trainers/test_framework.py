@@ -22,6 +22,7 @@ import pytest
 
 from tests.arch.repository import ROOT
 from tests.experiments import base_config, grid_of, make_project
+from tests.small_disk import small_disk_or_skip
 from trainers.config import (
     ConfigurationError,
     ConfigurationManager,
@@ -466,6 +467,30 @@ def test_results_of_another_configuration_are_not_overwritten(project: ModelTrai
         with pytest.raises(ConfigurationError, match="holds the results of another configuration"):
             run(mode, version="2.0")
     assert path.read_bytes() == before
+
+
+def test_grids_that_are_no_list(project: ModelTrainingFramework) -> None:
+    for given, received in ((seeds(1), "a ParameterGrid"), ([{"seed": [1]}], r"\[{'seed': \[1\]}\]")):
+        with pytest.raises(ConfigurationError, match=f"parameter_grids: received {received}; expected a list"):
+            project.run_grid_search(given, base_config(), execution_mode=DRY_RUN)  # type: ignore[arg-type]
+
+
+def test_an_output_folder_that_is_a_file(project: ModelTrainingFramework, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigurationError, match=f"output_dir: nothing can be written to {tmp_path / 'file'} .*exists"):
+        project.run_grid_search([seeds(1)], base_config(), execution_mode=DRY_RUN, output_dir=tmp_path / "file")
+
+
+def test_an_output_folder_that_can_only_be_read(project: ModelTrainingFramework, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    with small_disk_or_skip(tmp_path / "disk") as disk:
+        (disk.folder / "there").mkdir()
+        disk.set_read_only(True)
+        for name in ("there", "new"):
+            with pytest.raises(ConfigurationError, match=f"output_dir: nothing .*{name} .*Read-only"):
+                project.run_grid_search(
+                    [seeds(1)], base_config(), execution_mode=DRY_RUN, output_dir=disk.folder / name
+                )
 
 
 def test_a_folder_in_use_is_refused(project: ModelTrainingFramework) -> None:

@@ -75,7 +75,7 @@ def test_grids_are_the_same_objects() -> None:
     assert (created.name, created.description) == ("second", "why")
     with pytest.raises(TypeError, match="expected a ParameterGrid"):
         search.add_grid({"seed": [1]})  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="NamingStrategy"):
+    with pytest.raises(TypeError, match="naming_strategy: received 'descriptive'"):
         search.set_naming_strategy("descriptive")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="received a list"):
         ParameterGridSearch([])  # type: ignore[arg-type]

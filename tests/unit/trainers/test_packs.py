@@ -593,6 +593,8 @@ def build_odd(config: ExperimentConfig) -> Any:
         return Built(model, nn.CrossEntropyLoss(reduction="none"), loader)
     if kind == "no batches":
         return Built(model, nn.functional.cross_entropy, [])
+    if kind == "no val batches":
+        return Built(model, nn.functional.cross_entropy, loader, [])
     if kind == "no rows":
         return Built(model, nn.functional.cross_entropy, DataLoader(TensorDataset(INPUTS[:0], TARGETS[:0]), BATCH))
     if kind == "no pairs":
@@ -632,6 +634,7 @@ ODD = f"{__name__}:build_odd"
         ("loss per row", "loss"),
         ("no batches", "train: received a loader without batches; expected at least one batch"),
         ("no rows", "train: received a loader without batches"),
+        ("no val batches", "val_loader: received a loader without batches"),
         ("no pairs", "a batch for loss_fn: received a Tensor"),
         ("wrong width", "mat1 and mat2 shapes cannot be multiplied"),
         ("once", "which ends after one epoch"),
@@ -643,6 +646,14 @@ def test_what_cannot_be_trained_says_why(kind: str, error: str, tmp_path: Path) 
     assert set(states(outcomes).values()) == {FAILED}
     for own in outcomes.values():
         assert error in own["error"]
+
+
+def test_a_name_that_no_checkpoint_can_have_is_refused_before_training(tmp_path: Path) -> None:
+    configs = [pack_config("good"), pack_config("bad", checkpoint__filename="latest.ckpt")]
+    outcomes = run_packs(tmp_path, configs)
+    assert states(outcomes) == {"good": COMPLETED, "bad": FAILED}
+    assert "it cannot be built" in outcomes["bad"]["error"]
+    assert "checkpoint.filename: received 'latest.ckpt'" in outcomes["bad"]["error"]
 
 
 def test_one_model_for_all_is_refused(tmp_path: Path) -> None:

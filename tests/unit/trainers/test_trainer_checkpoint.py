@@ -136,8 +136,17 @@ def test_pattern_may_use_logs(tmp_path: Path) -> None:
     assert _names(tmp_path) == [f"4-{trainer.logs['val_loss']:.3f}.ckpt", *first]
 
 
-@pytest.mark.parametrize("pattern", ["{nothing}.ckpt", "a/{step}.ckpt", "latest", "{step:q}"])
-def test_bad_pattern(pattern: str, tmp_path: Path) -> None:
+PATTERNS = ["{epoch.ckpt", "a/{step}.ckpt", "{val_loss}/{step}", "latest", "{step:q}", "{step.x}", "{}.ckpt", ""]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_pattern_that_can_name_no_file_is_refused_at_the_start(pattern: str) -> None:
+    with pytest.raises(TrainerError, match="checkpoint.filename: received"):
+        GenericTrainer(GenericTrainerConfig(filename=pattern))
+
+
+@pytest.mark.parametrize("pattern", ["{nothing}.ckpt", "{val_loss:q}"])
+def test_a_pattern_of_metrics_is_known_to_be_bad_when_there_are_some(pattern: str, tmp_path: Path) -> None:
     with pytest.raises(TrainerError, match="checkpoint.filename"):
         run(tmp_path, filename=pattern)
 
@@ -160,8 +169,8 @@ def test_pattern_with_an_unknown_key_is_found_at_the_first_validation(tmp_path: 
 
 
 def test_a_run_is_not_lost_over_the_name_of_its_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert run(tmp_path, filename="{step:q}", stop_at=1).preempted
-    assert _names(tmp_path) == ["epoch_000_step_000002.ckpt"]
+    assert run(tmp_path, filename="{val_loss:q}", save_every_n_epochs=None, stop_at=8).preempted
+    assert _names(tmp_path) == ["epoch_001_step_000007.ckpt"]
     assert "The default name is used" in caplog.text
 
 

@@ -17,6 +17,7 @@ import torch
 from tests.small_disk import SmallDisk, small_disk_or_skip
 from tests.training_runs import EPOCHS, Recorder, assert_identical, final_state, run
 from trainers.checkpoints.files import read_checkpoint
+from trainers.config.schema import CheckpointConfig
 from trainers.errors import TrainerError
 
 # Saved after every step, and everything kept.
@@ -153,6 +154,18 @@ def test_a_folder_that_cannot_be_made(disk: SmallDisk) -> None:
     with pytest.raises(TrainerError, match=r"checkpoint_dir.*run.*Read-only file system"):
         run(disk.folder / "run", notes=notes)
     assert notes["samples"] == []
+
+
+def test_a_folder_that_cannot_be_written_to(disk: SmallDisk) -> None:
+    folder = disk.folder / "run"
+    folder.mkdir()
+    disk.set_read_only(True)
+    notes: dict[str, Any] = {}
+    with pytest.raises(TrainerError, match=r"checkpoint_dir: the folder .*run cannot be written to .*Read-only file"):
+        run(folder, notes=notes)
+    assert notes["samples"] == []
+    # A run that saves nothing needs no such folder.
+    assert run(folder, save_every_n_epochs=None, checkpoint=CheckpointConfig(save_last=False)).global_step == 4 * EPOCHS
 
 
 def test_truncated_anywhere(tmp_path: Path, whole: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:

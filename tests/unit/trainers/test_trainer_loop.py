@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from mb_torch import ModelBatch, OptimizerFactory
 from tests.training_runs import Recorder, assert_identical, final_state, make_loader, make_objects, run
@@ -384,7 +385,8 @@ def test_loss_that_is_not_finite(policy: str, value: float, tmp_path: Path, capl
         return
     trainer = _fit(tmp_path, model, optimizer, trainer_class=Spoiled, on_nan_loss="skip")
     assert trainer.global_step == 3
-    assert "batch 1 is skipped" in caplog.text
+    assert f"epoch 0: batch 1 is skipped: its loss is {value}" in caplog.text
+    assert "has trained nothing" not in caplog.text
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert 0 < trainer.logs["loss"] < float("inf")
 
@@ -502,6 +504,35 @@ def test_bad_training_step(result: Any, message: str, tmp_path: Path) -> None:
         _fit(tmp_path, model, optimizer, trainer_class=Bad)
 
 
+class Nothing:
+    """Batches without a length, of which there are none."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+
+EMPTY = [
+    (lambda: [], None),
+    (lambda: DataLoader(TensorDataset(torch.ones(3, 3)), 4, drop_last=True), "drop_last=True leaves out"),
+]
+
+
+@pytest.mark.parametrize("which", ["train", "val"])
+@pytest.mark.parametrize(("make", "fix"), EMPTY)
+def test_loader_of_length_zero_is_refused_at_the_start(which: str, make: Any, fix: str | None, tmp_path: Path) -> None:
+    trained = []
+
+    class Noting(GenericTrainer):
+        def on_batch_start(self, batch_idx: int) -> None:
+            trained.append(batch_idx)
+
+    model, optimizer, _ = make_objects("single")
+    with pytest.raises(TrainerError, match=f"{which}_loader: received a loader without batches.*{fix or ''}"):
+        _fit(tmp_path / "run", model, optimizer, trainer_class=Noting, validate_every_n_epochs=5, **{which: make()})
+    assert trained == []
+    assert not (tmp_path / "run").exists()
+
+
 def test_bad_arguments(tmp_path: Path) -> None:
     model, optimizer, _ = make_objects("single")
     with pytest.raises(NotImplementedError, match="training_step"):
@@ -509,10 +540,10 @@ def test_bad_arguments(tmp_path: Path) -> None:
     half = type("Half", (GenericTrainer,), {"training_step": lambda self, batch, batch_idx: {"loss": 1}})
     with pytest.raises(NotImplementedError, match="validation_step"):
         _fit(tmp_path, model, optimizer, loss_fn=None, val=make_loader("list"), trainer_class=half)
-    with pytest.raises(TrainerError, match="no batch"):
-        _fit(tmp_path, model, optimizer, train=[])
+    with pytest.raises(TrainerError, match="train_loader: received no batch in an epoch"):
+        _fit(tmp_path, model, optimizer, train=Nothing())
     with pytest.raises(TrainerError, match="val_loader: received no batch in a validation"):
-        _fit(tmp_path / "val", model, optimizer, val=[])
+        _fit(tmp_path / "val", model, optimizer, val=Nothing())
     with pytest.raises(TrainerError, match=r"pair \(inputs, targets\)"):
         _fit(tmp_path, model, optimizer, train=[torch.ones(2, 3)])
     with pytest.raises(TrainerError, match="without step"):
@@ -538,13 +569,15 @@ def test_weights_that_are_not_finite(policy: str, tmp_path: Path) -> None:
         _fit(tmp_path, model, optimizer, trainer_class=InfiniteGradient, on_nan_loss=policy)
 
 
-def test_an_epoch_of_skipped_batches_has_no_metric(tmp_path: Path) -> None:
+def test_an_epoch_of_skipped_batches_has_no_metric(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, optimizer, _ = make_objects("single")
     batches = [(torch.full((4, 3), math.nan), torch.ones(4, 1))] * 2
     with pytest.raises(TrainerError, match="received 2 batches, all of them skipped"):
         _fit(tmp_path / "monitored", model, optimizer, train=batches, on_nan_loss="skip", monitor="loss")
     # Without need of a metric there is nothing wrong: the next epoch may have other batches.
+    caplog.clear()
     assert _fit(tmp_path / "plain", model, optimizer, train=batches, on_nan_loss="skip").global_step == 0
+    assert "epoch 0 has trained nothing: all of its 2 batches were skipped" in caplog.text
 
 
 def test_values_that_are_no_metrics_are_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

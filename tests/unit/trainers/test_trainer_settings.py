@@ -151,6 +151,51 @@ def test_what_is_set_later_is_checked_again(bad: dict[str, Any], tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
+WRONG_TYPES: list[tuple[dict[str, Any], str]] = [
+    *(({name: "no"}, f"{name}: received 'no'; expected True or False") for name in ("auto_resume", "deterministic")),
+    *(({name: 1}, f"{name}: received 1; expected True or False") for name in ("save_in_background", "save_rng_state")),
+    (
+        {"performance": PerformanceConfig(compile_model="no", gradient_accumulation_steps=1)},  # type: ignore[arg-type]
+        "compile_model: received 'no'; expected True or False",
+    ),
+    ({"checkpoint": CheckpointConfig(save_last="no")}, "checkpoint.save_last: received 'no'"),  # type: ignore[arg-type]
+    ({"checkpoint": {"save_top_k": 3}}, "checkpoint: received {'save_top_k': 3}; expected a CheckpointConfig"),
+    ({"logging": None}, "logging: received None; expected a LoggingConfig"),
+    *(({"checkpoint_dir": value}, f"checkpoint_dir: received {value}; expected a string") for value in (None, 3)),
+    *(({name: 3}, f"{name}: received 3; expected a string or None") for name in ("experiment_name", "monitor")),
+    ({"filename": None}, "filename: received None; expected a string"),
+    ({"early_stopping_metric": 3}, "early_stopping_metric: received 3; expected a string"),
+    *(({"preemption_timeout": value}, f"preemption_timeout: received {value!r}") for value in ("5", True)),
+    ({"signals": "SIGNOTHING"}, "signals: received 'SIGNOTHING'"),
+]
+
+
+@pytest.mark.parametrize(("bad", "expected"), WRONG_TYPES, ids=str)
+def test_wrong_types(bad: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValidationError, match=r"2 problems") as caught:
+        GenericTrainerConfig(max_epochs=0, **bad)
+    assert any(text.startswith(expected) for text in caught.value.problems), caught.value.problems
+    ((name, value),) = bad.items()
+
+    def set_later() -> None:
+        config = GenericTrainerConfig()
+        setattr(config, name, value)
+        config.check()
+
+    with pytest.raises(ValidationError, match=r"1 problem") as caught:
+        set_later()
+    assert caught.value.problems[0].startswith(expected)
+
+
+def test_a_folder_may_be_a_path(tmp_path: Path) -> None:
+    assert GenericTrainerConfig(checkpoint_dir=tmp_path).checkpoint_dir == str(tmp_path)  # type: ignore[arg-type]
+
+
+def test_a_keyword_that_is_no_field() -> None:
+    with pytest.raises(TypeError, match="no field 'max_epoch'. Did you mean 'max_epochs'"):
+        GenericTrainerConfig(max_epoch=3)  # type: ignore[call-arg]
+
+
 def test_all_problems_at_once() -> None:
     with pytest.raises(ValidationError) as caught:
         GenericTrainerConfig(max_epochs=0, mode="best")
