@@ -117,9 +117,10 @@ class AutogradTraining(_Base):
                 "on_nan_loss: received 'freeze'; expected 'stop' or 'skip', because models can be frozen only in a "
                 "ModelBatch that is trained with loss_fn="
             )
-        if isinstance(model, ModelBatch) and config.early_stopping_patience is not None:
-            _check_freezes(optimizer, model.num_models)
+        if isinstance(model, ModelBatch):
             self.patiences = [config.early_stopping_patience] * model.num_models
+            if config.early_stopping_patience is not None:
+                _check_freezes(optimizer, model.num_models)
         self._training_step = training_step
         self._set_phase = set_phase
         self._kept_buffers = KeptBuffers(model) if self._nan_policy == "skip" else None

@@ -50,20 +50,17 @@ def differ(what: str, received: object, expected: str) -> TrainerError:
     return TrainerError(f"checkpoints to be joined differ in {what}", received=received, expected=expected)
 
 
-def select_early(early: Mapping[str, Any], chosen: Sequence[int], count: int) -> dict[str, Any]:
+def select_early(early: Mapping[str, Any], chosen: Sequence[int]) -> dict[str, Any]:
     """Return the early stopping of some models.
 
     Args:
         early: From ``EarlyStopping.state_dict``.
         chosen: Which models.
-        count: How many models there are. Where only the run as a whole is stopped, that stays.
 
     Example:
-        >>> select_early({"best": [0.1, 0.2], "waited": [0, 1], "stopped": {1: "why"}, "diverged": []}, [1], 2)
+        >>> select_early({"best": [0.1, 0.2], "waited": [0, 1], "stopped": {1: "why"}, "diverged": []}, [1])
         {'best': [0.2], 'waited': [1], 'stopped': {0: 'why'}, 'diverged': []}
     """
-    if len(early["best"]) != count:
-        return dict(early)
     stopped, diverged = early["stopped"], diverged_models(early)
     return {
         "best": [early["best"][model] for model in chosen],
@@ -80,18 +77,11 @@ def join_early(parts: Sequence[Mapping[str, Any]], counts: Sequence[int]) -> dic
         parts: Of each batch.
         counts: How many models each has.
 
-    Raises:
-        TrainerError: Runs are stopped as a whole, and stand differently.
-
     Example:
         >>> stopped = {"best": [0.2], "waited": [1], "stopped": {0: "why"}, "diverged": [0]}
         >>> join_early([{"best": [0.1], "waited": [0], "stopped": {}, "diverged": []}, stopped], [1, 1])
         {'best': [0.1, 0.2], 'waited': [0, 1], 'stopped': {1: 'why'}, 'diverged': [1]}
     """
-    if any(len(early["best"]) != count for early, count in zip(parts, counts, strict=True)):
-        if not all(are_same(early, parts[0]) for early in parts):
-            raise differ("early stopping of the runs as a whole", list(parts), "the same in all")
-        return dict(parts[0])
     stopped: dict[int, str] = {}
     diverged: list[int] = []
     first = 0
@@ -118,7 +108,7 @@ def counted_models(early: Mapping[str, Any], count: int) -> list[int]:
         >>> counted_models({"best": [0.1, 0.2], "waited": [0, 1], "stopped": {1: "why"}, "diverged": [1]}, 2)
         [0]
     """
-    diverged = diverged_models(early) if len(early["best"]) == count else []
+    diverged = diverged_models(early)
     return [model for model in range(count) if model not in diverged] or list(range(count))
 
 

@@ -86,7 +86,7 @@ def select_models(content: Mapping[str, Any], indices: Sequence[int]) -> Content
     chosen = _checked_indices(indices, count)
     if chosen == list(range(count)):
         return dict(content)
-    early = select_early(content["early_stopping"], chosen, count)
+    early = select_early(content["early_stopping"], chosen)
     counted = counted_models(early, len(chosen))
     return {
         **content,
@@ -190,7 +190,7 @@ def model_content(content: Mapping[str, Any], index: int) -> Content:
         ),
         "classes": _select_classes(content, [model], count),
         "scaler_state_dict": _if_there(content["scaler_state_dict"], lambda state: _own_scaler(state, model)),
-        "early_stopping": select_early(content["early_stopping"], [model], count),
+        "early_stopping": select_early(content["early_stopping"], [model]),
         "metrics": own_metrics(content["metrics"], model, count),
         "resume_state": with_sums([content["resume_state"]], lambda sums: own_sums(sums[0], model)),
         "best": None,

@@ -150,6 +150,8 @@ class EarlyStopping:
             TrainerError: It is of another number of models.
         """
         if len(state["best"]) != len(self._best):
+            if not state["stopped"] and all(best is None for best in state["best"]):
+                return  # in earlier versions, what a batch without early stopping has noted: nothing
             raise TrainerError(
                 "early stopping at resume", received=f"{len(self._best)} models", expected=f"{len(state['best'])}"
             )

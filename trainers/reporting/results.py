@@ -127,7 +127,7 @@ class Results:
             # One scheduler for all models watches their mean.
             values = [logs.get(metric)]
         # Nothing of a stopped model changes any more. Without a scheduler of its own, its parameter group is kept.
-        stopped = list(self._loop.early_stopping.stopped) if self._stops_models_one_by_one() else []
+        stopped = [] if self._loop.training.num_models is None else list(self._loop.early_stopping.stopped)
         has_own = len(self._loop.schedulers) == self._loop.training.num_models
         with self._stopped_groups.kept([] if has_own else stopped):
             step_schedulers(
@@ -137,12 +137,9 @@ class Results:
                 left_out=stopped if has_own else [],
             )
 
-    def _stops_models_one_by_one(self) -> bool:
-        return len(self._loop.training.patiences) == self._loop.training.num_models
-
     def _stop_early(self, logs: Mapping[str, Any]) -> None:
         key = self.trainer.config.early_stopping_metric
-        if self._stops_models_one_by_one():
+        if self._loop.training.num_models is not None:
             if key in logs and key not in self.trainer.model_metrics:
                 raise TrainerError(
                     f"early_stopping_metric = {key!r}",

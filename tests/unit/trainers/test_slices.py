@@ -445,25 +445,25 @@ def test_loss_scales_go_with_their_models(three: dict[str, Any]) -> None:
     assert model_content({**three, "scaler_state_dict": {}}, 1)["scaler_state_dict"] == {}
 
 
-def test_a_run_that_is_stopped_as_a_whole(tmp_path: Path) -> None:
+def test_a_batch_that_is_trained_by_ones_own_step(tmp_path: Path) -> None:
     class Own(Recorder):
         def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
             return super().training_step(batch, batch_idx)
 
+        def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+            losses = self.model.compute_loss(self.model(batch[0]), batch[1], _loss, reduction="none")
+            return {"val_loss": losses}
+
     batch = ModelBatch([silent() for _ in range(3)])
     optimizer = OptimizerFactory(optim.Adam).create_optimizer(batch, [{}] * 3)
-    settings = {"early_stopping_patience": 9, "max_epochs": 2}
-    trainer = Own(GenericTrainerConfig(checkpoint_dir=str(tmp_path), **settings), {})
-    trainer.fit(batch, optimizer, make_loader("list"), make_loader("list"))
+    config = GenericTrainerConfig(checkpoint_dir=str(tmp_path), early_stopping_patience=9, max_epochs=2)
+    Own(config, {}).fit(batch, optimizer, make_loader("list"), make_loader("list"))
     content = read_checkpoint(tmp_path / "latest.ckpt")
-    early = content["early_stopping"]
-    assert len(early["best"]) == 1
+    best = content["early_stopping"]["best"]
+    assert len(best) == 3
     parts = [select_models(content, [2, 0]), select_models(content, [1])]
-    assert [part["early_stopping"] for part in parts] == [early] * 2
-    assert join(parts)["early_stopping"] == early
-    parts[1]["early_stopping"] = {**early, "waited": [7]}
-    with pytest.raises(TrainerError, match="early stopping of the runs as a whole"):
-        join(parts)
+    assert [part["early_stopping"]["best"] for part in parts] == [[best[2], best[0]], [best[1]]]
+    assert join(parts)["early_stopping"]["best"] == [best[2], best[0], best[1]]
 
 
 @pytest.mark.parametrize("indices", [[], [0, 0], [3], [-1], [True], [0.0]], ids=repr)

@@ -82,6 +82,16 @@ def test_a_loader_of_unknown_length_is_not_refused(outcomes: list[dict[str, Any]
     assert [own["unknown_length"] for own in outcomes] == [8, 8]
 
 
+class Unsized:
+    """A loader that may have no batch."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+
 class Noting(Recorder):
     """Notes the batches that it validates; one rank may ask to stop at an epoch's batch."""
 
@@ -181,7 +191,7 @@ def _rank(number: int, folder: str) -> None:
     failure("val_loader", val=batches if number == 0 else None)
     failure("batches", train=batches[: 4 - number])
     failure("accumulated", train=batches[: 4 - number], gradient_accumulation_steps=2)
-    failure("validation", val=batches[:number])
+    failure("validation", val=Unsized(batches[:number]))
     # As many as on the other rank, but it does not say so.
     noted["unknown_length"] = fit("unknown_length", train=batches if number == 0 else Again()).global_step
     fit("architecture", save_top_k=-1)
