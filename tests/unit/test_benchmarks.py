@@ -181,6 +181,7 @@ def test_contestants_race_in_processes_of_their_own() -> None:
     assert any("round 5 of 5" in line for line in lines)
 
 
+@pytest.mark.long
 def test_a_failing_worker_is_named_with_its_error() -> None:
     with Worker("loop", threads=1) as worker:
         with pytest.raises(WorkerFailed, match="loop: 'build' failed(.|\n)*float17"):

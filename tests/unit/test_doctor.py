@@ -52,6 +52,7 @@ def test_needs_no_package_of_the_demo() -> None:
     assert finished.stdout.count("works") == len(available_backends())
 
 
+@pytest.mark.long
 def test_shows_the_whole_command_that_installs_what_is_missing() -> None:
     finished = run_python(WITHOUT.format(modules=["jax"]) + COMMAND)
     assert "pip install 'modelbatch-hybrid[jax]'" in finished.stdout

@@ -55,6 +55,7 @@ def test_source_models_are_not_kept() -> None:
     assert mb.num_models == 3
 
 
+@pytest.mark.long
 def test_a_factory_s_models_exist_one_at_a_time() -> None:
     made: list[weakref.ref[nn.Module]] = []
     most = 0

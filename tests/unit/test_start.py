@@ -100,6 +100,7 @@ def test_the_environment_has_the_last_word_on_memory() -> None:
     assert "memory true" in run(script, XLA_PYTHON_CLIENT_PREALLOCATE="true")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", ["option", "variable"])
 def test_compiled_programs_are_kept(tmp_path: Path, way: str) -> None:
     folder = tmp_path / "programs"

@@ -358,6 +358,7 @@ with torch.random.fork_rng():
 """
 
 
+@pytest.mark.long
 @NEEDS["torchax"]
 def test_pytorch_is_as_before_after_torchax():
     subprocess.run(
