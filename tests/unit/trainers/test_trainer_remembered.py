@@ -19,6 +19,7 @@ from tests.training_runs import BATCH, ROWS, OwnLoader, Recorder, Rows, assert_i
 from trainers.errors import TrainerError
 from trainers.loaders import resumable
 from trainers.loaders.processes import can_fork
+from trainers.loaders.randomness import WithWorkerRandomness
 from trainers.loaders.remembered import Remembered, generators_in
 from trainers.loaders.resumable import make_resumable
 from trainers.settings import GenericTrainerConfig
@@ -386,6 +387,12 @@ def test_a_generator_that_is_made_later_is_named(tmp_path: Path, caplog: pytest.
     assert "rng" not in caplog.text
     fit(tmp_path, DataLoader(Lazy(), BATCH))
     assert caplog.text.count("train_loader: the random generator dataset.rng is in the checkpoint, but not there") == 1
+
+
+def test_a_generator_that_is_made_later_in_a_worker_process_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    before = WithWorkerRandomness(Noisy([Noise(random.Random(0))]), name="train_loader")
+    WithWorkerRandomness(Noisy([]), name="train_loader").load_state_dict(before.state_dict())
+    assert "train_loader, in a worker process: the random generator dataset.transforms[0].generator is" in caplog.text
 
 
 @pytest.mark.parametrize("event", [1, 3, 5])
