@@ -61,9 +61,12 @@ class GenericTrainer(TrainerHooks):
 
     Override `training_step` (and `validation_step`), or give ``loss_fn``. A `ModelBatch` with ``loss_fn`` trains
     through its fused step, every model as if alone: clipping, early stopping and ``on_nan_loss="freeze"`` act on each
-    model. Its logs have the mean over the models under the plain key, which ``monitor`` and a scheduler of all models
-    go by, and each model's own value as ``<key>_model_<i>``. Models that stopped early count on in that mean, as they
-    are; those that diverged do not.
+    model. With step functions of your own, clipping and early stopping do so as well; for the latter the metric is a
+    tensor ``[num_models]``, and the optimizer made by `OptimizerFactory`.
+
+    The logs of a `ModelBatch` have the mean over the models under the plain key, which ``monitor`` and a scheduler of
+    all models go by, and each model's own value as ``<key>_model_<i>``. Models that stopped early count on in that
+    mean, as they are; those that diverged do not.
 
     An epoch's logs are unweighted means over its batches: a smaller last batch counts as much as any other. A metric
     of the validation without ``val_`` is there under both names.

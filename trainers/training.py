@@ -44,7 +44,7 @@ class Training(Protocol):
 
     Attributes:
         num_models: How many are trained at once; None for a single module.
-        patiences: Of early stopping, for each that can be stopped by itself: every model, or the run as a whole.
+        patiences: Of early stopping: one for each model of a `ModelBatch`, one for a single module.
         scaler: Of the losses in float16; None otherwise.
         micro_step: Batches since the last optimizer step.
     """

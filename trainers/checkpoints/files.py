@@ -195,7 +195,8 @@ def _check_kind(path: Path, content: Any) -> None:
 
 def _unusable(path: Path, error: BaseException) -> TrainerError:
     """Tell a damaged file, in whose place an older one is used, from one that cannot be read for now."""
-    if isinstance(error, FileNotFoundError):
+    # A process that trains in the same folder may have removed it while it was read.
+    if isinstance(error, FileNotFoundError) or not path.exists():
         return MissingCheckpointError(f"{path} does not exist")
     # A broken archive makes zipfile read at impossible places.
     of_system = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)

@@ -270,7 +270,7 @@ def _state(generator: Generator) -> Any:
     if isinstance(generator, np.random.RandomState):
         return _plain(generator.get_state(legacy=False))
     bits = _bit_generator(generator)
-    return {**_plain(bits.state), _SPAWNED: getattr(bits.seed_seq, "n_children_spawned", None)}
+    return {**_plain(bits.state), _SPAWNED: getattr(_seeds(bits), "n_children_spawned", None)}
 
 
 def _set_state(generator: Generator, state: Any) -> None:
@@ -289,9 +289,13 @@ def _bit_generator(generator: Any) -> Any:
     return generator.bit_generator if isinstance(generator, np.random.Generator) else generator
 
 
+def _seeds(bits: Any) -> Any:
+    return getattr(bits, "seed_seq", None)  # NumPy before 1.25 does not show them
+
+
 def _set_bits(bits: Any, state: dict[str, Any]) -> None:
     spawned = state.pop(_SPAWNED, None)  # earlier versions have none
-    seeds = bits.seed_seq
+    seeds = _seeds(bits)
     if isinstance(seeds, np.random.SeedSequence) and spawned not in (None, seeds.n_children_spawned):
         # As when it is unpickled: there is no other way back.
         seeds = np.random.SeedSequence(**{**seeds.state, "n_children_spawned": spawned})

@@ -21,7 +21,13 @@ from trainers.checkpoints.files import read_checkpoint, to_plain
 from trainers.checkpoints.snapshot import restore_callbacks
 from trainers.checkpoints.store import LATEST, SET_ASIDE, CheckpointStore
 from trainers.config.errors import ConfigurationError
-from trainers.errors import CheckpointTimeoutError, DamagedCheckpointError, PreemptionTimeoutError, TrainerError
+from trainers.errors import (
+    CheckpointTimeoutError,
+    DamagedCheckpointError,
+    MissingCheckpointError,
+    PreemptionTimeoutError,
+    TrainerError,
+)
 from trainers.generic import GenericTrainer
 from trainers.settings import GenericTrainerConfig
 
@@ -407,6 +413,19 @@ def test_what_is_no_checkpoint_is_named_and_an_older_one_is_used(
     assert str(newest) in message
     assert text in message
     assert "torch.save" not in caplog.text
+
+
+def test_a_file_that_is_removed_while_it_is_read_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "some.ckpt"
+    torch.save({}, path)
+
+    def load(*arguments: Any, **options: Any) -> None:
+        path.unlink()
+        raise RuntimeError("something")
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(MissingCheckpointError, match=r"some\.ckpt does not exist"):
+        read_checkpoint(path)
 
 
 @pytest.mark.parametrize(
